@@ -1,0 +1,1 @@
+"A notebook-first laboratory for language models of low-resource languages"
