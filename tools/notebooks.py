@@ -29,22 +29,21 @@ def skipped(cell, flags=('slow', 'gpu', 'net')):
 
 def run_and_store(path):
     "Run one notebook in a fresh shell and store what its cells show; raises where a cell fails"
-    from execnb.nbio import write_nb
+    from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
     from nbdev.frontmatter import FrontmatterProc
     from nbdev.process import NBProcessor
     path = Path(path).resolve()
-    nb = NBProcessor(path, procs=FrontmatterProc, rm_directives=False, process=True).nb
-    for cell in nb.cells:
-        if cell.cell_type == 'code': cell.outputs, cell.execution_count = [], None
+    processed = NBProcessor(path, procs=FrontmatterProc, process=True).nb
     shell, here = CaptureShell(path, mpl_format='png'), Path.cwd()
     os.chdir(path.parent)
-    try: shell.run_all(nb, exc_stop=True, preproc=skipped)
+    try: shell.run_all(processed, exc_stop=True, preproc=skipped)
     except Exception: raise SystemExit(shell.prettytb(fname=path)) from None
     finally: os.chdir(here)
+    ran = {cell.id: cell for cell in processed.cells if cell.cell_type == 'code' and not skipped(cell)}
+    nb = read_nb(path)
     for cell in nb.cells:
-        for private in [k for k in cell if k.endswith('_')]: del cell[private]
-    nb.pop('frontmatter_', None)
+        if cell.cell_type == 'code': cell.outputs = ran[cell.id].outputs if cell.id in ran else []
     write_nb(nb, path)
 
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['home', 'in_test', 'models_dir', 'find', 'data_dir', 'presets', 'shared_data']
 
-# %% ../../nbs/core/00_paths.ipynb #a9f6f467
+# %% ../../nbs/core/00_paths.ipynb #42760048
 import os
 import tempfile
 from pathlib import Path
 
-# %% ../../nbs/core/00_paths.ipynb #88b5e0f1
+# %% ../../nbs/core/00_paths.ipynb #559b80fd
 def home()->Path: # Absolute; exists
     "The folder that holds `data` and `models`"
     if told := os.environ.get('LAB_LM_HOME'): return Path(told).expanduser().resolve()
@@ -19,12 +19,12 @@ def home()->Path: # Absolute; exists
         if (folder / 'settings.ini').is_file() and (folder / 'lab_lm').is_dir(): return folder
     return here
 
-# %% ../../nbs/core/00_paths.ipynb #5f946861
+# %% ../../nbs/core/00_paths.ipynb #f16c847f
 def in_test()->bool: # True under `nbdev_test`, pytest and the tool that stores outputs
     "Whether cells run as tests rather than for a person"
     return os.environ.get('IN_TEST') == '1'
 
-# %% ../../nbs/core/00_paths.ipynb #83043383
+# %% ../../nbs/core/00_paths.ipynb #83900d35
 def models_dir()->Path: # Absolute; made if it is missing
     "The folder of all runs: `LAB_LM_MODELS`, else `models` at home, else (in tests) a folder of this process's own"
     if told := os.environ.get('LAB_LM_MODELS'): folder = Path(told).expanduser().resolve()
@@ -39,7 +39,7 @@ def _scratch():
     if not _SCRATCH: _SCRATCH.append(tempfile.TemporaryDirectory(prefix='lab_lm-', ignore_cleanup_errors=True))
     return _SCRATCH[0]
 
-# %% ../../nbs/core/00_paths.ipynb #6659afba
+# %% ../../nbs/core/00_paths.ipynb #ab073785
 def find(
     path:str, # A file or folder, absolute or relative to the current folder or to home
 )->Path:      # The first that exists; ValueError if none does
@@ -50,17 +50,17 @@ def find(
         if candidate.exists(): return candidate
     raise ValueError(f"nothing found at {str(path)!r}; give a file or folder that exists (looked from the current folder and from {home().name}/)")
 
-# %% ../../nbs/core/00_paths.ipynb #e9607321
+# %% ../../nbs/core/00_paths.ipynb #97a7b857
 def data_dir()->Path: # Absolute
     "The project's data folder"
     return home() / 'data'
 
-# %% ../../nbs/core/00_paths.ipynb #e4c89428
+# %% ../../nbs/core/00_paths.ipynb #6b7a768d
 def presets()->Path: # Absolute; part of the package
     "The folder of data that ships inside the package: language profiles and pocket lexicons"
     return Path(__file__).resolve().parent.parent / 'presets' if '__file__' in globals() else home() / 'lab_lm' / 'presets'
 
-# %% ../../nbs/core/00_paths.ipynb #a93b2cbb
+# %% ../../nbs/core/00_paths.ipynb #fdc05e17
 def shared_data(
     part:str='', # A path below the folder, such as 'treebanks'
 )->'Path|None':  # None where it is absent
