@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ['core', 'text', 'nets', 'train', 'gen', 'evals', '.', 'app']
-os.environ.update(IN_TEST='1', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', BITSANDBYTES_NOWELCOME='1')
+os.environ.update(IN_TEST='1', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_PROGRESS_BARS='1')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 
