@@ -89,17 +89,17 @@ class Resolved:
     config:Config           # The settings
     origin:dict[str, str]   # Key to 'default', 'file …', 'environment …' or 'command line'
 
-# %% ../../nbs/core/01_config.ipynb #3f2b63b3
+# %% ../../nbs/core/01_config.ipynb #e044eac4
 def resolve(
     cls:type,                # A subclass of `Config`
     args:tuple=(),           # Command-line words of the form key=value
-    file:'str|None'=None,    # A YAML file of differences
+    file:'str|dict|None'=None, # A YAML file of differences, or its content
     env:'dict|None'=None,    # Environment variables; `os.environ` when not given
 )->Resolved:                 # ValueError on an unknown key, a wrong type or a file that is not a mapping
     "Settle a configuration from its four layers"
     env = os.environ if env is None else env
     values, origin = {}, {key: 'default' for key in cls.model_fields}
-    layers = [(read_yaml(file), f'file {file}')] if file else []
+    layers = [(file, 'file')] if isinstance(file, dict) else [(read_yaml(file), f'file {file}')] if file else []
     layers += [({key: text}, f'environment {name}') for key in cls.model_fields if (text := env.get(name := f'LAB_LM_{key.upper()}')) is not None]
     layers += [({key: text}, 'command line') for key, text in map(_split_word, args)]
     for layer, source in layers:

@@ -90,7 +90,7 @@ class RunFolder:
     def _scores(self): return json.loads((self.path / 'scores.json').read_text(encoding='utf-8')) if (self.path / 'scores.json').exists() else {}
     def __repr__(self): return '\n'.join([f'run {self.name}: {run_status(self.path)}', *(f'  {k}: {v}' for k, v in self.scores.items())])
 
-# %% ../../nbs/core/06_runs.ipynb #a1a99ffe
+# %% ../../nbs/core/06_runs.ipynb #e2e01bdd
 PARTS = ('config.yaml', 'provenance.json', 'metrics.jsonl', 'scores.json', 'story.jsonl', 'records', 'figures', 'model', 'export', 'checkpoints',
          'report.html', 'RUNNING', 'COMPLETED', 'FAILED')
 
@@ -114,6 +114,7 @@ def _marked(path, cfg, chapter):
     write_atomic(path / 'config.yaml', scrub(to_yaml(cfg)))
     try: yield
     except BaseException as e:
+        e.failed_run = path
         _mark(path, 'FAILED', began, error=scrub(f'{type(e).__name__}: {e}'), traceback=scrub(traceback.format_exc()))
         raise
     _mark(path, 'COMPLETED', began)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['ProbeData', 'gather', 'split_words', 'control_labels', 'fit_linear', 'identity_features', 'label_scores',
-           'ProbeResult', 'probe', 'selectivity']
+           'accuracy_gain', 'ProbeResult', 'probe']
 
-# %% ../../nbs/evals/03_probing.ipynb #1ae0415e
+# %% ../../nbs/evals/03_probing.ipynb #87351989
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 import numpy as np
 from ..core.runs import Score
-from .stats import bootstrap, bootstrap_sums
+from .stats import bootstrap_sums
 from ..text.script import aksharas
 
 # %% ../../nbs/evals/03_probing.ipynb #0658e320
@@ -28,18 +28,18 @@ class ProbeData:
         sizes = {'states': self.states.shape[1], 'labels': len(self.labels), 'forms': len(self.forms), 'sentences': len(self.sentences)}
         if len(set(sizes.values())) > 1: raise ValueError(f'{self.name}: one row for each word is needed, given {sizes}')
 
-# %% ../../nbs/evals/03_probing.ipynb #83e6d0b3
+# %% ../../nbs/evals/03_probing.ipynb #b5e70654
 def gather(
-    states:Sequence[np.ndarray],              # For each sentence [layers, words, width], as `word_states` gives it
-    sentences:Sequence[Sequence[str]],        # The words
-    labels:Sequence[Sequence['str | None']],  # A label for each word; None where it has none
+    states:Sequence[np.ndarray],                # For each sentence [layers, words, width], as `word_states` gives it
+    sentences:Sequence[Sequence[str]],          # The words
+    labelled:Sequence[tuple[int, int, str]],    # (sentence, word, label), as `feature_labels` gives it
     name:str='',
-)->ProbeData:                                 # Words without a label or with NaN vectors are left out
+)->ProbeData:                                   # Words with NaN vectors are left out
     "Collect the labelled words of all sentences"
-    kept = [(i, j) for i, row in enumerate(labels) for j, label in enumerate(row) if label is not None and not np.isnan(states[i][:, j]).any()]
+    kept = [(i, j, label) for i, j, label in labelled if not np.isnan(states[i][:, j]).any()]
     if not kept: raise ValueError(f'{name}: no word has both a label and a vector; leave the probe out and say why')
-    vectors = np.stack([states[i][:, j] for i, j in kept], 1)
-    return ProbeData(vectors, [labels[i][j] for i, j in kept], [sentences[i][j] for i, j in kept], [i for i, _ in kept], name)
+    vectors = np.stack([states[i][:, j] for i, j, _ in kept], 1)
+    return ProbeData(vectors, [label for *_, label in kept], [sentences[i][j] for i, j, _ in kept], [i for i, *_ in kept], name)
 
 # %% ../../nbs/evals/03_probing.ipynb #58effe95
 def split_words(
@@ -114,7 +114,21 @@ def label_scores(
     accuracy = bootstrap_sums(np.stack([right, size], 1), lambda s: s[:, 0] / s[:, 1], seed)
     return {'accuracy': replace(accuracy, n=len(true)), 'macro_f1': replace(bootstrap_sums(flat, _macro_f1, seed), n=len(true))}
 
-# %% ../../nbs/evals/03_probing.ipynb #dd4d1685
+# %% ../../nbs/evals/03_probing.ipynb #75b54a69
+def accuracy_gain(
+    right,             # Whether each word was guessed by one probe
+    other,             # Whether it was guessed by the other: another model, or the same one on control labels
+    units,             # What the interval is over, one per word
+    seed:int=0,
+    protocol:str='',
+)->Score:              # From -1 to 1
+    "Accuracy of one probe minus that of another on the same words, with an interval over units drawn jointly"
+    which = np.unique(units, return_inverse=True)[1]
+    parts = np.stack([np.bincount(which, np.asarray(right, float) - other), np.bincount(which)], 1)
+    score = bootstrap_sums(parts, lambda s: s[:, 0] / s[:, 1], seed, protocol=protocol)
+    return replace(score, n=len(which), baselines={'other accuracy': float(np.mean(other))})
+
+# %% ../../nbs/evals/03_probing.ipynb #8f340eac
 @dataclass(frozen=True)
 class ProbeResult:
     "What a probe found"
@@ -122,7 +136,7 @@ class ProbeResult:
     layer:int                  # Chosen on validation words; 0 is the embedding table
     scores:dict[str, Score]    # 'accuracy', 'macro_f1', 'selectivity', on test words
     by_layer:list[dict]        # For each layer the accuracies on validation and test words, and the control's on test words
-    records:list[dict]         # For each test word: form, sentence, label, guess
+    records:list[dict]         # For each test word: form, sentence, label, the probe's guess, and that from word identity
 
 # %% ../../nbs/evals/03_probing.ipynb #891484d2
 def _accuracy(predict, x, y)->float:
@@ -149,7 +163,7 @@ def _baselines(data, labels, sides, c)->dict[str, np.ndarray]:
     return {'majority': np.array([names[counts.argmax()]] * test.sum()),
             'word identity': fit_linear(letters[train], labels[train], c)(letters[test])}
 
-# %% ../../nbs/evals/03_probing.ipynb #95179488
+# %% ../../nbs/evals/03_probing.ipynb #7e84beec
 def probe(
     data:ProbeData,
     seed:int=0,        # Of the split, the control labels and the intervals
@@ -166,26 +180,12 @@ def probe(
     layer, test = int(np.argmax([row['validation'] for row in by_layer])), sides == 'test'
     guess, dull = (p(data.states[layer][test]) for p in probes[layer])
     units = np.array(data.sentences if by == 'sentence' else data.forms)[test]
-    others = {n: label_scores(labels[test], g, units, seed) for n, g in _baselines(data, labels, sides, c).items()}
-    scores = label_scores(labels[test], guess, units, seed)
+    simple, scores = _baselines(data, labels, sides, c), label_scores(labels[test], guess, units, seed)
+    others = {n: label_scores(labels[test], g, units, seed) for n, g in simple.items()}
     how = (f'linear probe, C={c}, layer {layer} of {len(by_layer) - 1} chosen on validation words, split by {by} (seed {seed}), '
            f'{(sides == "train").sum()}/{(sides == "validation").sum()}/{test.sum()} words; interval over {by}s')
     scores = {m: replace(s, baselines={n: o[m].value for n, o in others.items()}, protocol=how) for m, s in scores.items()}
-    scores['selectivity'] = selectivity(guess == labels[test], dull == control[test], units, seed, how)
-    records = [{'form': data.forms[i], 'sentence': int(data.sentences[i]), 'label': str(labels[i]), 'guess': str(g)}
-               for i, g in zip(np.flatnonzero(test), guess)]
+    scores['selectivity'] = accuracy_gain(guess == labels[test], dull == control[test], units, seed, how)
+    records = [{'form': data.forms[i], 'sentence': int(data.sentences[i]), 'label': str(labels[i]), 'guess': str(g), 'word identity': str(w)}
+               for i, g, w in zip(np.flatnonzero(test), guess, simple['word identity'])]
     return ProbeResult(data.name, layer, scores, by_layer, records)
-
-# %% ../../nbs/evals/03_probing.ipynb #24b1f8a8
-def selectivity(
-    right,             # Whether each word's label was guessed
-    control_right,     # Whether its control label was
-    units,             # What the interval is over, one per word
-    seed:int=0,
-    protocol:str='',
-)->Score:              # From -1 to 1; 0 says that the probe learned by heart and nothing else
-    "Accuracy on the labels minus accuracy on the control labels, with an interval over units"
-    which = np.unique(units, return_inverse=True)[1]
-    parts = np.stack([np.bincount(which, np.asarray(right, float) - control_right), np.bincount(which)], 1)
-    score = bootstrap_sums(parts, lambda s: s[:, 0] / s[:, 1], seed, protocol=protocol)
-    return replace(score, n=len(which), baselines={'control accuracy': float(np.mean(control_right))})

@@ -5,21 +5,25 @@
 # %% auto #0
 __all__ = ['SHAPES', 'masked_lm']
 
+# %% ../../nbs/nets/00_transformer.ipynb #7ec11f52
+from ..core.seed import seeded
+
 # %% ../../nbs/nets/00_transformer.ipynb #98760447
 SHAPES = dict(tiny=dict(layers=2, width=128, heads=4), small=dict(layers=6, width=384, heads=6), base=dict(layers=12, width=768, heads=12))
 
-# %% ../../nbs/nets/00_transformer.ipynb #c49917bb
+# %% ../../nbs/nets/00_transformer.ipynb #5bdf8abe
 def masked_lm(
     size:str,          # A key of `SHAPES`
     vocab_size:int,    # Entries of the tokenizer
     pad_id:int=0,      # The padding token
+    seed:int=0,        # Of the random weights
     max_length:int=512, # Positions
-):                     # A transformers `ModernBertForMaskedLM`, float32, random weights from the global generator
+):                     # A transformers `ModernBertForMaskedLM` in float32
     "A masked language model by configuration"
     from transformers import ModernBertConfig, ModernBertForMaskedLM
     if size not in SHAPES: raise ValueError(f"unknown size {size!r}; known: {', '.join(SHAPES)}")
     shape = SHAPES[size]
     config = ModernBertConfig(vocab_size=vocab_size, hidden_size=shape['width'], intermediate_size=shape['width'] * 3 // 2, num_hidden_layers=shape['layers'],
                               num_attention_heads=shape['heads'], max_position_embeddings=max_length, pad_token_id=pad_id, bos_token_id=2, cls_token_id=2,
-                              eos_token_id=3, sep_token_id=3, local_attention=128, global_attn_every_n_layers=2, attn_implementation='sdpa')
-    return ModernBertForMaskedLM(config)
+                              eos_token_id=3, sep_token_id=3, local_attention=128, global_attn_every_n_layers=2, attn_implementation='sdpa', sparse_prediction=True)
+    with seeded(seed): return ModernBertForMaskedLM(config)

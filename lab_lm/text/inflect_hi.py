@@ -6,12 +6,15 @@
 __all__ = ['NOUN_CLASSES', 'VOWEL_SIGNS', 'PERFECTIVE', 'SUBJUNCTIVE', 'POLITE_IMPERATIVE', 'noun', 'agreeing', 'participle',
            'future', 'imperative', 'auxiliary', 'inflect']
 
-# %% ../../nbs/text/07_inflect_hi.ipynb #76d25c7d
+# %% ../../nbs/text/07_inflect_hi.ipynb #b471e8de
 NOUN_CLASSES = [
     ('Fem', 'िया', 'िया', 'ियाँ', 'ियों'), ('Fem', 'ी', 'ी', 'ियाँ', 'ियों'), ('Fem', 'ई', 'ई', 'इयाँ', 'इयों'),
-    ('Fem', 'ि', 'ि', 'ियाँ', 'ियों'), ('Fem', 'ू', 'ू', 'ुएँ', 'ुओं'), ('Fem', 'ा', 'ा', 'ाएँ', 'ाओं'), ('Fem', '', '', 'ें', 'ों'),
-    ('Masc', 'या', 'ए', 'ए', 'यों'), ('Masc', 'ा', 'े', 'े', 'ों'), ('Masc', 'आ', 'ए', 'ए', 'ओं'), ('Masc', 'ी', 'ी', 'ी', 'ियों'), ('Masc', 'ई', 'ई', 'ई', 'इयों'),
-    ('Masc', 'ू', 'ू', 'ू', 'ुओं'), ('Masc', 'ि', 'ि', 'ि', 'ियों'), ('Masc', 'ु', 'ु', 'ु', 'ुओं'), ('Masc', '', '', '', 'ों')]
+    ('Fem', 'ि', 'ि', 'ियाँ', 'ियों'), ('Fem', 'ू', 'ू', 'ुएँ', 'ुओं'), ('Fem', 'ा', 'ा', 'ाएँ', 'ाओं'),
+    ('Fem', '', '', 'ें', 'ों'),
+    ('Masc', 'या', 'ए', 'ए', 'यों'), ('Masc', 'ा', 'े', 'े', 'ों'), ('Masc', 'आ', 'ए', 'ए', 'ओं'),
+    ('Masc', 'ी', 'ी', 'ी', 'ियों'), ('Masc', 'ई', 'ई', 'ई', 'इयों'),
+    ('Masc', 'ू', 'ू', 'ू', 'ुओं'), ('Masc', 'ि', 'ि', 'ि', 'ियों'), ('Masc', 'ु', 'ु', 'ु', 'ुओं'),
+    ('Masc', '', '', '', 'ों')]
 
 # %% ../../nbs/text/07_inflect_hi.ipynb #401ae1b7
 def noun(
@@ -53,8 +56,8 @@ def _join(stem:str, ending:str)->str:
     stem = stem[:-1] + {'ी': 'ि', 'ू': 'ु'}.get(stem[-1], stem[-1])
     return stem + ('य' + VOWEL_SIGNS[ending[0]] + ending[1:] if stem[-1] == 'ि' and ending[0] in 'आओ' else ending)
 
-# %% ../../nbs/text/07_inflect_hi.ipynb #e239ed96
-PERFECTIVE = {'करना': 'कि', 'देना': 'दि', 'लेना': 'लि', 'जाना': 'ग', 'होना': 'हु'} # Stems that differ from the dictionary form
+# %% ../../nbs/text/07_inflect_hi.ipynb #607fad71
+PERFECTIVE = {'करना': 'कि', 'देना': 'दि', 'लेना': 'लि', 'जाना': 'ग', 'होना': 'हु'} # Stems of their own
 
 def participle(
     lemma:str,            # Infinitive in ना
@@ -68,9 +71,10 @@ def participle(
     if aspect == 'Imp': return agreeing(stem + 'ता', gender, number) + nasal
     stem = PERFECTIVE.get(lemma, stem)
     stem = stem[:-1] + 'ि' if stem[-1] == 'ी' else stem
-    if gender == 'Fem': return (stem[:-1] + 'ी' if stem[-1] == 'ि' else stem + 'ई' if lemma == 'जाना' else _join(stem, 'ई')) + nasal
-    if number == 'Plur': return stem + 'ए' if lemma == 'जाना' else _join(stem, 'ए')
-    return stem + 'या' if lemma == 'जाना' or stem[-1] in 'ािोआ' else _join(stem, 'आ')
+    if stem == 'ग': return {'Fem': 'गई' + nasal}.get(gender) or ('गए' if number == 'Plur' else 'गया')
+    if gender == 'Fem': return (stem[:-1] + 'ी' if stem[-1] == 'ि' else _join(stem, 'ई')) + nasal
+    if number == 'Plur': return _join(stem, 'ए')
+    return stem + 'या' if stem[-1] in 'ािोआ' else _join(stem, 'आ')
 
 # %% ../../nbs/text/07_inflect_hi.ipynb #ab8c802c
 def _slot(person:str, number:str, polite:str|None)->int:
@@ -79,8 +83,9 @@ def _slot(person:str, number:str, polite:str|None)->int:
     if polite == 'Form' or number == 'Plur': return 3
     return 0 if person == '1' else 2
 
-# %% ../../nbs/text/07_inflect_hi.ipynb #6d53df4e
-SUBJUNCTIVE = {'देना': ('दूँ', 'दो', 'दे', 'दें'), 'लेना': ('लूँ', 'लो', 'ले', 'लें'), 'होना': ('होऊँ', 'हो', 'हो', 'हों')}
+# %% ../../nbs/text/07_inflect_hi.ipynb #0881fb86
+SUBJUNCTIVE = {'देना': ('दूँ', 'दो', 'दे', 'दें'), 'लेना': ('लूँ', 'लो', 'ले', 'लें'),
+               'होना': ('होऊँ', 'हो', 'हो', 'हों')}
 
 def future(
     lemma:str,                # Infinitive in ना
@@ -118,7 +123,7 @@ def auxiliary(
     if tense == 'Pres': return ('हूँ', 'हो', 'है', 'हैं')[slot]
     return 'थीं' if gender == 'Fem' and slot in (1, 3) else agreeing('था', gender, 'Plur' if slot in (1, 3) else 'Sing')
 
-# %% ../../nbs/text/07_inflect_hi.ipynb #a2a92267
+# %% ../../nbs/text/07_inflect_hi.ipynb #f350a5b8
 def inflect(
     lemma:str,             # Dictionary form
     upos:str,              # Universal part of speech
@@ -130,10 +135,11 @@ def inflect(
     gender, number, case = f('Gender', 'Masc'), f('Number', 'Sing'), f('Case', 'Nom')
     if upos in ('NOUN', 'PROPN'): return noun(lemma, gender, number, case, fixed)
     if upos in ('ADJ', 'DET', 'PRON'): return lemma if fixed else agreeing(lemma, gender, number, case)
-    if lemma == 'का': return agreeing(lemma, gender, number, 'Acc' if 'Acc' in case else 'Nom') # 'Gen', or 'Acc,Gen' before an oblique noun
+    if lemma == 'का': return agreeing(lemma, gender, number, 'Acc' if 'Acc' in case else 'Nom') # 'Gen' or 'Acc,Gen'
     if upos == 'AUX' and lemma == 'होना': return auxiliary(f('Tense'), gender, number, f('Person'), f('Polite'))
     if upos not in ('VERB', 'AUX'): return lemma
     if f('Mood') == 'Imp': return imperative(lemma, f('Polite'))
     if f('Tense') == 'Fut': return future(lemma, gender, number, f('Person'), f('Polite'))
-    if f('Aspect'): return participle(lemma, {'Prog': 'Perf'}.get(f('Aspect'), f('Aspect')), gender, number, f('VerbForm') == 'Fin')
+    aspect = {'Prog': 'Perf'}.get(f('Aspect'), f('Aspect')) # रहा is a perfective by its form
+    if aspect: return participle(lemma, aspect, gender, number, f('VerbForm') == 'Fin')
     return lemma if f('VerbForm') == 'Inf' else lemma[:-2]

@@ -75,7 +75,7 @@ def _blocks(lines:Iterable[str], name:str)->Iterator[list[tuple[str, str]]]:
             block = []
     if block: yield block
 
-# %% ../../nbs/text/06_morph.ipynb #c4ab6da0
+# %% ../../nbs/text/06_morph.ipynb #1256c736
 def _sentence(block:list[tuple[str, str]], number:int)->Sentence|None: # None when there are only comments
     "One block of lines as a sentence"
     name, tokens, ranges = str(number), [], []
@@ -85,18 +85,19 @@ def _sentence(block:list[tuple[str, str]], number:int)->Sentence|None: # None wh
             if key.strip() == 'sent_id': name = value.strip()
             continue
         cols = line.split('\t')
-        if len(cols) != 10: raise ValueError(f'{place}: a word line has 10 columns split by tabs, this has {len(cols)}: {line[:60]!r}')
+        if len(cols) != 10: raise ValueError(f'{place}: a word line has 10 columns, this has {len(cols)}: {line[:50]!r}')
         try:
             if '-' in cols[0]: ranges.append((*map(int, cols[0].split('-')), cols[1], cols[9]))
             elif '.' not in cols[0]:
                 if int(cols[0]) != len(tokens) + 1: raise ValueError(f'word number {len(tokens) + 1} expected')
                 tokens.append(_token(cols))
         except ValueError as e: raise ValueError(f'{place}: {e}; the line is {line[:60]!r}') from None
-    bad = [t.head for t in tokens if t.head > len(tokens)] + [r[:2] for r in ranges if not 0 < r[0] <= r[1] <= len(tokens)]
+    bad = [t.head for t in tokens if t.head > len(tokens)]
+    bad += [r[:2] for r in ranges if not 0 < r[0] <= r[1] <= len(tokens)]
     if bad: raise ValueError(f'{block[0][0]}: sentence {name!r} has {len(tokens)} words but points to {bad[0]}')
     return Sentence(name, tokens, tuple(ranges)) if tokens else None
 
-# %% ../../nbs/text/06_morph.ipynb #fa9bdc39
+# %% ../../nbs/text/06_morph.ipynb #355822b7
 def read_conllu(
     source:str|Path|Iterable[str], # File (plain or `.gz`), or lines
 )->list[Sentence]:                 # In the order of the file; nameless sentences get their number
@@ -105,18 +106,18 @@ def read_conllu(
         found = [_sentence(b, i) for i, b in enumerate(_blocks(source, 'lines'), 1)]
     else:
         path = Path(source)
-        if not path.is_file(): raise ValueError(f'no CoNLL-U file at {str(source)!r}; give a file or an iterable of lines')
+        if not path.is_file(): raise ValueError(f'no CoNLL-U file at {str(source)!r}; give a file or lines')
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8') as f:
             found = [_sentence(b, i) for i, b in enumerate(_blocks(f, path.name), 1)]
     return [s for s in found if s]
 
-# %% ../../nbs/text/06_morph.ipynb #3b06ab9a
+# %% ../../nbs/text/06_morph.ipynb #ca91df7b
 def _row(number:str, t:Token)->str:
     "One word line"
     feats = '|'.join(f'{k}={v}' for k, v in sorted(t.feats.items(), key=lambda kv: kv[0].lower())) or '_'
     cols = [number, t.form, t.lemma, t.upos, t.xpos, feats, '_' if t.head < 0 else str(t.head), t.deprel, '_', t.misc]
     bad = [c for c in cols if not c or any(ch in c for ch in '\t\r\n')]
-    if bad: raise ValueError(f"column {bad[0]!r} of word {number} ({t.form!r}) is empty or holds a tab or newline; write '_' for nothing")
+    if bad: raise ValueError(f"word {number}: {bad[0]!r} is empty or has a tab or newline; write '_' for nothing")
     return '\t'.join(cols)
 
 # %% ../../nbs/text/06_morph.ipynb #32957c44

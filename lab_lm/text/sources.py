@@ -87,7 +87,7 @@ def files_of(
             raise ValueError(f"{p.name}: the validation split is called validation here; rename it to validation{form_of(p)} or pass errors=skip")
     return found
 
-# %% ../../nbs/text/03_sources.ipynb #08db3994
+# %% ../../nbs/text/03_sources.ipynb #97252cb6
 def read_records(
     path,                # A file or folder; a relative path is looked for here and at home
     lang:str='all',      # Keep and tag this language; 'all' takes every record's own
@@ -99,7 +99,7 @@ def read_records(
     if path.is_file(): found = read_file(path, tag, errors, report)
     else:
         found = [r for file in files_of(path, errors) for r in read_file(file, tag, errors, report)]
-        for part in sorted(p for p in path.iterdir() if p.is_dir() and p.name in LANG_SCRIPT and lang in ('all', p.name)):
+        for part in sorted(p for p in path.iterdir() if p.is_dir() and p.name in LANG_SCRIPT):
             found += [r for file in files_of(part, errors) for r in read_file(file, part.name, errors, report)]
     kept = _unique([r for r in found if lang in ('all', r.lang)], errors, report)
     if not found: raise ValueError(f"{path.name} holds no texts; known forms: {', '.join(FORMS)}, one text or one JSON object a line")
