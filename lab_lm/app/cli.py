@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'disk_full', 'told_kindly', 'stdout_kept', 'scores_json', 'execute', 'main']
 
-# %% ../../nbs/app/01_cli.ipynb #7d1a30d0
+# %% ../../nbs/app/01_cli.ipynb #6b929990
 import errno
 import json
 import os
@@ -19,7 +19,7 @@ import typer
 from .pipeline import CHAPTERS, AllConfig, load_chapter, plan, run_all
 from ..core.config import describe, resolve
 from ..core.paths import home
-from ..core.runs import run_path
+from ..core.runs import decimals, run_path
 
 # %% ../../nbs/app/01_cli.ipynb #cd1c54b5
 def disk_full(
@@ -95,7 +95,7 @@ def _quiet():
     "Libraries keep their bars and banners to themselves"
     for key, value in dict(HF_HUB_DISABLE_PROGRESS_BARS='1', TOKENIZERS_PARALLELISM='false', TRANSFORMERS_VERBOSITY='error').items(): os.environ.setdefault(key, value)
 
-# %% ../../nbs/app/01_cli.ipynb #9aae6d93
+# %% ../../nbs/app/01_cli.ipynb #6387b134
 def _tell(whole, chapters, dry_run):
     "The settled configurations and the steps, on standard output where nothing will run"
     def line(text=''): typer.echo(text, err=not dry_run)
@@ -113,8 +113,9 @@ def _show(run):
     from rich.console import Console
     from rich.table import Table
     table = Table('score', 'value', '95 % interval', 'n', 'beside it')
+    table.columns[0].overflow = 'fold'
     for name, s in run.scores.items():
-        table.add_row(name, f'{s.value:.3f}', f'{s.low:.3f} to {s.high:.3f}', str(s.n), ', '.join(f'{k} {v:.3f}' for k, v in s.baselines.items()))
+        table.add_row(name, decimals(s.value), f'{decimals(s.low)} to {decimals(s.high)}', str(s.n), ', '.join(f'{k} {decimals(v)}' for k, v in s.baselines.items()))
     Console().print(table)
     page = run.path / 'report.html'
     typer.echo(f'everything is in {_short(run.path)}/' + (f'; open {_short(page)}' if page.exists() else ''))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'font_faces', 'html_table', 'html_scores', 'html_run', 'report_html']
 
-# %% ../../nbs/evals/08_report.ipynb #094fc294
+# %% ../../nbs/evals/08_report.ipynb #6ba8ddf8
 import base64
 import io
 import json
@@ -14,7 +14,7 @@ from importlib.resources import files
 
 import yaml
 
-from ..core.runs import RunFolder, Score, run_status
+from ..core.runs import RunFolder, Score, decimals, run_status
 from ..core.viz import INDIC_FONTS
 
 # %% ../../nbs/evals/08_report.ipynb #426823ae
@@ -48,7 +48,7 @@ def _subset(source, text):
     font.save(buffer)
     return buffer.getvalue()
 
-# %% ../../nbs/evals/08_report.ipynb #2e66157f
+# %% ../../nbs/evals/08_report.ipynb #f154e76d
 def html_table(
     rows:list, # Dictionaries; a missing key makes an empty cell
 )->str:        # HTML, every cell escaped; '' for no rows
@@ -57,18 +57,18 @@ def html_table(
     names = list(dict.fromkeys(k for row in rows for k in row))
     def cell(v):
         number = isinstance(v, (int, float)) and not isinstance(v, bool)
-        shown = f'{v:,.3f}' if isinstance(v, float) else f'{v:,}' if number else escape('' if v is None else str(v))
+        shown = f'{round(v, 3) + 0.:,.3f}' if isinstance(v, float) else f'{v:,}' if number else escape('' if v is None else str(v))
         return f'<td{" class=n" if number else ""}>{shown}</td>'
     body = ''.join('<tr>' + ''.join(cell(row.get(k)) for k in names) + '</tr>' for row in rows)
     return f'<div class=wide><table><tr>{"".join(f"<th>{escape(str(k))}</th>" for k in names)}</tr>{body}</table></div>'
 
-# %% ../../nbs/evals/08_report.ipynb #d2888803
+# %% ../../nbs/evals/08_report.ipynb #46adfe6b
 def html_scores(
     scores:dict, # Name to `Score`
 )->str:          # HTML
     "Scores with their intervals, their baselines and the rules they were made by"
-    rows = ''.join(f'<tr><td>{escape(name)}</td><td class=n><b>{s.value:.3f}</b></td><td class=n>{s.low:.3f} to {s.high:.3f}</td><td class=n>{s.n:,}</td>'
-                   f'<td>{escape(", ".join(f"{k} {v:.3f}" for k, v in s.baselines.items()))}</td><td class=small>{escape(s.protocol)}</td></tr>' for name, s in scores.items())
+    rows = ''.join(f'<tr><td>{escape(name)}</td><td class=n><b>{decimals(s.value)}</b></td><td class=n>{decimals(s.low)} to {decimals(s.high)}</td><td class=n>{s.n:,}</td>'
+                   f'<td>{escape(", ".join(f"{k} {decimals(v)}" for k, v in s.baselines.items()))}</td><td class=small>{escape(s.protocol)}</td></tr>' for name, s in scores.items())
     return f'<div class=wide><table><tr><th>score</th><th>value</th><th>95 % interval</th><th>n</th><th>beside it</th><th>how it was measured</th></tr>{rows}</table></div>' if rows else ''
 
 # %% ../../nbs/evals/08_report.ipynb #db7cdd06

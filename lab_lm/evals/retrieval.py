@@ -78,7 +78,7 @@ def _qrels(folder:Path, split:str)->dict[str, dict[str, int]]:
         qrels[query][doc] = grade
     return qrels
 
-# %% ../../nbs/evals/02_retrieval.ipynb #c595ac62
+# %% ../../nbs/evals/02_retrieval.ipynb #ab082e05
 def read_beir(
     folder,            # With corpus.jsonl, queries.jsonl and qrels/<split>.tsv, each plain or .gz
     split:str='test',  # Which qrels
@@ -87,7 +87,7 @@ def read_beir(
     "Read a retrieval task in BEIR form"
     folder = Path(folder)
     corpus, queries, qrels = _texts(folder, 'corpus.jsonl'), _texts(folder, 'queries.jsonl'), _qrels(folder, split)
-    return Beir(corpus, {q: queries[q] for q in qrels if q in queries}, qrels, f'{name or folder.name} ({split})')
+    return Beir(corpus, {q: queries[q] for q in qrels if q in queries}, qrels, f'{name or folder.name} ({split}, title + text)')
 
 # %% ../../nbs/evals/02_retrieval.ipynb #8d57410d
 def ict(
@@ -108,7 +108,7 @@ def ict(
         queries[f'ict-{r.id}'], qrels[f'ict-{r.id}'] = parts[taken].strip(), {r.id: 1}
     return Beir(corpus, queries, qrels, name)
 
-# %% ../../nbs/evals/02_retrieval.ipynb #00a411dd
+# %% ../../nbs/evals/02_retrieval.ipynb #bfd2a343
 def read_tasks(
     path:str,            # A BEIR folder, a folder of them named by language, or any texts that `read_records` takes
     lang:str='all',      # One language, or all there are
@@ -131,7 +131,7 @@ def read_tasks(
     if queries == 'judged': raise ValueError(f'{root.name} holds no judged questions in {lang!r}; add qrels/{split}.tsv, or ask with queries=cloze')
     records = read_records(root, lang, errors)
     codes = dict.fromkeys(r.lang for r in records)
-    return {c: ict([r for r in records if r.lang == c], seed, name=f'{root.name}/{c}, inverse cloze') for c in codes}
+    return {c: ict([r for r in records if r.lang == c], seed, name=f'{root.name}/{c} (inverse cloze, text alone)') for c in codes}
 
 def _code(task:Beir)->str:
     "The first language that is written in the script of the passages"
@@ -222,7 +222,7 @@ def per_query(
         values.append(METRICS[name](grades, np.array(list(judged.values())), int(cut)))
     return np.array(values)
 
-# %% ../../nbs/evals/02_retrieval.ipynb #3e74c266
+# %% ../../nbs/evals/02_retrieval.ipynb #da94a9dd
 def protocol(
     task:Beir,
     system:str,                # What ranked, in words
@@ -234,7 +234,7 @@ def protocol(
     rule = f"{same} query ids are document ids: {'dropped' if drop_identical else 'kept'}" if same else 'no query id is a document id'
     left = len(task.qrels) - len(task.answerable)
     return (f'{metric}; {task.name}; {len(task.corpus)} passages, {len(task.answerable)} queries ({left} without an answer left out); '
-            f'{system}; title + text; ties by falling id, as trec_eval; {rule}')
+            f'{system}; ties by falling id, as trec_eval; {rule}')
 
 # %% ../../nbs/evals/02_retrieval.ipynb #4307b6c4
 def retrieval_score(

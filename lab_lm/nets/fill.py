@@ -10,13 +10,13 @@ import torch
 
 from ..text.script import word_spans
 
-# %% ../../nbs/nets/03_fill.ipynb #4de6d677
+# %% ../../nbs/nets/03_fill.ipynb #33334f6a
 def guesses(
     model,       # A masked language model of transformers
     tokenizer,   # Its tokenizer
     text:str,    # A text with the tokenizer's mask token in it, such as `<mask>`
     k:int=5,     # How many guesses
-)->list[list[tuple[str, float]]]: # For each hole, token text and probability, the likeliest first
+)->list[list[tuple[str, float]]]: # For each hole, token text (a byte's name for part of a letter) and probability, the likeliest first
     "The likeliest tokens for each hole in a text"
     if tokenizer.mask_token not in text: raise ValueError(f"there is no hole in the text; write {tokenizer.mask_token} where the model should guess")
     batch = {n: v for n, v in tokenizer(text, return_tensors='pt').items() if n in ('input_ids', 'attention_mask')}
@@ -24,7 +24,8 @@ def guesses(
     with torch.inference_mode(): logits = model.eval()(**{n: v.to(device) for n, v in batch.items()}).logits[0]
     holes = (batch['input_ids'][0] == tokenizer.mask_token_id).nonzero()[:, 0]
     best = logits[holes].softmax(-1).topk(k)
-    return [[(tokenizer.decode([i]).strip(), p) for i, p in zip(ids, ps)] for ids, ps in zip(best.indices.tolist(), best.values.tolist())]
+    def shown(i): return text if '\ufffd' not in (text := tokenizer.decode([i])) else tokenizer.convert_ids_to_tokens(i)
+    return [[(shown(i).strip(), p) for i, p in zip(ids, ps)] for ids, ps in zip(best.indices.tolist(), best.values.tolist())]
 
 # %% ../../nbs/nets/03_fill.ipynb #e3d389b9
 def hide_word(

@@ -52,7 +52,7 @@ def run(
         if found: _show(run, cfg, tasks, found)
     return run
 
-# %% ../../nbs/04_beir_eval.ipynb #41920d36
+# %% ../../nbs/04_beir_eval.ipynb #70e3a4d8
 def _encoders(run, cfg, tasks):
     "The encoder and its twin with random weights, as (model, tokenizer)"
     if cfg.encoder == 'pocket': model, tokenizer = _pocket(run, cfg, [t for task in tasks.values() for t in task.corpus.values()])
@@ -66,7 +66,7 @@ def _pocket(run, cfg, texts):
     tokenizer = train_tokenizer(texts, 'bpe', 3000)
     batches = masked_batches(rows(texts, tokenizer, 64), tokenizer, 16, seed=cfg.seed)
     with seeded(cfg.seed):
-        model = masked_lm(cfg.size, len(tokenizer), tokenizer.pad_token_id)
+        model = masked_lm(cfg.size, len(tokenizer), tokenizer.pad_token_id, cfg.seed)
         losses = fit(model, batches, cfg.steps, lr=2e-3, run=run, label='pocket encoder')
     with quiet(), whole_folder(run.model_dir) as folder: model.save_pretrained(folder), tokenizer.save_pretrained(folder)
     run.note(f'The pocket encoder was trained for {cfg.steps} steps on the passages themselves; its loss went from {losses[0]:.2f} '

@@ -51,7 +51,7 @@ def run(
         _compare(run, cfg, parts)
     return run
 
-# %% ../../nbs/01_setup_exploration.ipynb #00109571
+# %% ../../nbs/01_setup_exploration.ipynb #444ae8f2
 def _show_corpus(run, records, ledger):
     "Tables and pictures of what was read and what was kept"
     texts = {lang: [r.text for r in ledger.kept if r.lang == lang] for lang in sorted({r.lang for r in ledger.kept})}
@@ -67,16 +67,16 @@ def _show_corpus(run, records, ledger):
     for lang, ts in texts.items():
         found = [(sum(broken_words(w) == [w] for w in ws), len(ws)) for t in ts if (ws := [w for w in words(t.lower()) if len(w) > 1])]
         whole[lang] = bootstrap_ratio(*zip(*found), protocol=r'words of two or more characters that \b\w\w+\b returns whole')
-        run.score(f'words_kept_by_default_pattern/{lang}', whole[lang])
+        run.score('words_kept_by_default_pattern' + (f'/{lang}' if len(texts) > 1 else ''), whole[lang])
     fig, ax = new_axes()
     bars({lang: (s.value, s.low, s.high) for lang, s in whole.items()}, 'share of words left whole', ax=ax)
     run.figure('words', fig, 'What the usual word pattern leaves whole; the mark-safe words keep all of them')
 
-# %% ../../nbs/01_setup_exploration.ipynb #cd00ddb4
+# %% ../../nbs/01_setup_exploration.ipynb #17188147
 def _compare(run, cfg, parts):
     "Train every kind of tokenizer on the training texts, measure it on texts it has not seen, keep one"
     test = parts['test'] + parts['validation']
-    langs = [lang for lang in sorted({r.lang for r in test})]
+    langs = sorted({r.lang for r in test})
     made = {kind: train_tokenizer([r.text for r in parts['train']], kind, cfg.vocab_size) for kind in KINDS}
     rows = [dict(tokenizer=kind, lang=lang, **{k: round(v, 3) for k, v in fertility(tok, [r.text for r in test if r.lang == lang]).items()}) for kind, tok in made.items() for lang in langs]
     run.table('tokenizers', rows, f'{len(test)} held-out texts; vocabulary of {cfg.vocab_size}; broken: in-word boundaries right before a vowel sign or virama')
@@ -87,5 +87,5 @@ def _compare(run, cfg, parts):
     for lang in langs:
         each = [fertility(made[cfg.tokenizer], [r.text]) for r in test if r.lang == lang]
         baselines = {r['tokenizer']: r['tokens_per_word'] for r in rows if r['lang'] == lang and r['tokenizer'] != cfg.tokenizer}
-        run.score(f'tokens_per_word/{lang}', replace(bootstrap_ratio([e['tokens'] for e in each], [e['words'] for e in each], protocol=f'{cfg.tokenizer}, special tokens not counted'), baselines=baselines))
+        run.score('tokens_per_word' + (f'/{lang}' if len(langs) > 1 else ''), replace(bootstrap_ratio([e['tokens'] for e in each], [e['words'] for e in each], protocol=f'{cfg.tokenizer}, special tokens not counted'), baselines=baselines))
     with whole_folder(run.model_dir) as folder: made[cfg.tokenizer].save_pretrained(folder)

@@ -24,8 +24,8 @@ from ..text.script import words
 from ..text.tokenize import train_tokenizer
 from ..train.learner import fit
 
-# %% ../../nbs/02_mlm_training.ipynb #aa643e84
-STEPS = dict(tiny=400, small=20_000, base=100_000)
+# %% ../../nbs/02_mlm_training.ipynb #c24c07ba
+STEPS = dict(tiny=250, small=20_000, base=100_000)
 
 class MLMConfig(ChapterConfig):
     "What chapter 2 can be told"
@@ -38,7 +38,7 @@ class MLMConfig(ChapterConfig):
     mask:float=0.3         # Share of tokens that is hidden in training; 0.15 in evaluation, always
     lr:float=4e-3          # Highest learning rate
 
-# %% ../../nbs/02_mlm_training.ipynb #431df321
+# %% ../../nbs/02_mlm_training.ipynb #f885b5bb
 def run(
     cfg:MLMConfig, # Settings; `MLMConfig()` is the tiny run on the samples
 )->Run:            # The finished run: model and tokenizer in `model`, scores `bits_per_byte` and `bits_per_byte/<lang>`
@@ -56,7 +56,7 @@ def run(
         run.say(f'training {model.num_parameters():,} weights for {steps:,} steps')
         watched = masked_rows(tokenizer, [r.text for r in parts['validation'] or test][:64], seed=cfg.seed)
         held = lambda m: dict(validation=fmean(x for row in masked_nats(m, tokenizer, watched) for x in row))
-        losses = fit(model, masked_batches(some, tokenizer, cfg.batch_size, cfg.mask, cfg.seed), steps, cfg.lr, run=run, evaluate=held, every=max(1, steps // 8))
+        losses = fit(model, masked_batches(some, tokenizer, cfg.batch_size, cfg.mask, cfg.seed), steps, cfg.lr, run=run, evaluate=held, every=max(1, steps // 5))
         with whole_folder(run.model_dir) as folder: model.save_pretrained(folder), tokenizer.save_pretrained(folder)
         _show_training(run, losses)
         _measure(run, cfg, model, tokenizer, texts, test)
@@ -100,7 +100,7 @@ def _measure(run, cfg, model, tokenizer, texts, test):
     beaten = [name for name, value in first.baselines.items() if first.high < value]
     run.note(f"With its whole interval the model is below these floors: {', '.join(beaten) or 'none'}.")
 
-# %% ../../nbs/02_mlm_training.ipynb #ff1110d5
+# %% ../../nbs/02_mlm_training.ipynb #a1d4225e
 def _fill(run, model, tokenizer, test, each=3):
     "One word hidden in some held-out texts of every language, and what the model puts there"
     table = []
@@ -109,5 +109,5 @@ def _fill(run, model, tokenizer, test, each=3):
             n = min(5, len(words(r.text)) - 1)
             holed, word = hide_word(' '.join(r.text.split()[:14]), n, tokenizer)
             first = guesses(model, tokenizer, holed, 4)[0]
-            table.append({'lang': lang, 'text': holed, 'hidden word': word, 'likeliest first tokens': ', '.join(f'{t} ({p:.2f})' for t, p in first)})
+            table.append({'lang': lang, 'text': holed, 'hidden word': word, 'likeliest first tokens': '  '.join(f'{t} {p:.2f}' for t, p in first)})
     run.table('filled', table, 'Held-out sentences with one word hidden, and the likeliest tokens for the first hole')

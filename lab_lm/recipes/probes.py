@@ -52,7 +52,7 @@ def run(
         if found: _show(run, cfg, found)
     return run
 
-# %% ../../nbs/05_probes.ipynb #4ace7e08
+# %% ../../nbs/05_probes.ipynb #bf26e4ae
 def _models(run, cfg, lang):
     "The model, its twin with random weights, and the tokenizer"
     if cfg.model == 'pocket': model, tokenizer = _pocket(run, cfg, lang)
@@ -67,7 +67,7 @@ def _pocket(run, cfg, lang):
     run.say(f'{lang}: training a pocket model, {cfg.steps} steps')
     batches = masked_batches(rows(texts, tokenizer, 64), tokenizer, 32, rate=.3, seed=cfg.seed)
     with seeded(cfg.seed):
-        model = masked_lm(cfg.size, len(tokenizer), tokenizer.pad_token_id)
+        model = masked_lm(cfg.size, len(tokenizer), tokenizer.pad_token_id, cfg.seed)
         losses = fit(model, batches, cfg.steps, lr=3e-3, run=run, label=f'pocket model, {lang}')
     with quiet(), whole_folder(run.model_dir / lang) as folder: model.save_pretrained(folder), tokenizer.save_pretrained(folder)
     run.note(f'{lang}: the pocket model was trained for {cfg.steps} steps; its loss went from {losses[0]:.2f} to {losses[-1]:.2f}. '
