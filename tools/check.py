@@ -84,11 +84,11 @@ def links(root):
 
 def readme_text(root):
     "The README as nbs/index.ipynb tells it"
+    import nbformat
     from nbconvert import MarkdownExporter
-    from nbformat import from_dict
-    nb = json.loads((root / 'nbs' / 'index.ipynb').read_text(encoding='utf-8'))
-    nb['cells'] = [c for c in nb['cells'] if not ''.join(c['source']).startswith('#| hide')]
-    text = MarkdownExporter().from_notebook_node(from_dict(nb))[0]
+    nb = nbformat.read(root / 'nbs' / 'index.ipynb', as_version=4)
+    nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
+    text = MarkdownExporter().from_notebook_node(nb)[0]
     text = re.sub(r'\]\((?![a-z]+:|#)([^)]+)\)', r'](nbs/\1)', text).replace('](nbs/../', '](')
     return '<!-- Made from nbs/index.ipynb by make readme; edit that. -->\n\n' + text.strip() + '\n'
 

@@ -11,7 +11,7 @@ from ..core.seed import seeded
 # %% ../../nbs/nets/00_transformer.ipynb #98760447
 SHAPES = dict(tiny=dict(layers=2, width=128, heads=4), small=dict(layers=6, width=384, heads=6), base=dict(layers=12, width=768, heads=12))
 
-# %% ../../nbs/nets/00_transformer.ipynb #5bdf8abe
+# %% ../../nbs/nets/00_transformer.ipynb #85c312dc
 def masked_lm(
     size:str,          # A key of `SHAPES`
     vocab_size:int,    # Entries of the tokenizer
@@ -25,5 +25,6 @@ def masked_lm(
     shape = SHAPES[size]
     config = ModernBertConfig(vocab_size=vocab_size, hidden_size=shape['width'], intermediate_size=shape['width'] * 3 // 2, num_hidden_layers=shape['layers'],
                               num_attention_heads=shape['heads'], max_position_embeddings=max_length, pad_token_id=pad_id, bos_token_id=2, cls_token_id=2,
-                              eos_token_id=3, sep_token_id=3, local_attention=128, global_attn_every_n_layers=2, attn_implementation='sdpa', sparse_prediction=True)
+                              eos_token_id=3, sep_token_id=3, local_attention=128, global_attn_every_n_layers=2, attn_implementation='sdpa', sparse_prediction=True,
+                              initializer_range=shape['width'] ** -.5) # 0.02 makes narrow models start slowly
     with seeded(seed): return ModernBertForMaskedLM(config)

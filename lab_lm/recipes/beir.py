@@ -36,10 +36,10 @@ class BeirConfig(ChapterConfig):
     split:str='test'        # Which judgements
     steps:int=40            # Training steps of the pocket encoder
 
-# %% ../../nbs/04_beir_eval.ipynb #b99d7dce
+# %% ../../nbs/04_beir_eval.ipynb #1cc267f3
 def run(
     cfg:BeirConfig, # Settings; `BeirConfig()` measures everything on the samples
-)->Run:             # The finished run: scores such as `ndcg@10/hi/bm25`, each query's ranks in records/
+)->Run:             # The finished run: scores such as `ndcg@10/hi/bm25`, or `ndcg@10` where one language and one system are asked for; each query's ranks in records/
     "Measure search on every task of a folder"
     tasks = read_tasks(cfg.data, cfg.lang, cfg.split, cfg.queries, cfg.seed, cfg.errors)
     with Run.start(cfg, 'beir') as run:
@@ -84,7 +84,7 @@ def _search(run, cfg, lang, task, encoders):
         found[name] = nearest(*vectors)
     return found
 
-# %% ../../nbs/04_beir_eval.ipynb #19aa1154
+# %% ../../nbs/04_beir_eval.ipynb #4c944717
 _HOW = {'bm25': 'BM25 (k1=1.5, b=0.75) over mark-safe words and their beginnings',
         'encoder': 'cosine of mean-pooled vectors of the first 256 tokens'}
 _BESIDE = {'bm25': ('usual pattern', 'whole words'), 'encoder': ('random weights', 'bm25')}
@@ -94,7 +94,8 @@ def _score(run, cfg, lang, task, runs):
     qrels = {q: task.qrels[q] for q in task.answerable}
     each = {(s, m): per_query(found, qrels, m) for s, found in runs.items() for m in ('ndcg@10', 'recall@100')}
     for system in [s for s in _BESIDE if s in runs]:
-        end, others = f'/{lang}/{system}' if cfg.model == 'all' else f'/{lang}', [s for s in _BESIDE[system] if s in runs]
+        end = (f'/{lang}' if cfg.lang == 'all' else '') + (f'/{system}' if cfg.model == 'all' else '')
+        others = [s for s in _BESIDE[system] if s in runs]
         for m in ('ndcg@10', 'recall@100'):
             score = retrieval_score(task, runs[system], _HOW[system], m, cfg.seed)
             run.score(m + end, replace(score, baselines={s: float(each[s, m].mean()) for s in others}))
@@ -104,7 +105,7 @@ def _score(run, cfg, lang, task, runs):
     values = zip(qrels, *(each[s, 'ndcg@10'].round(4).tolist() for s in runs))
     run.record(f'queries-{lang}', [{'id': q, 'query': task.queries[q], **dict(zip(runs, row))} for q, *row in values])
 
-# %% ../../nbs/04_beir_eval.ipynb #4a283f6f
+# %% ../../nbs/04_beir_eval.ipynb #5d78c703
 def _show(run, cfg, tasks, found):
     "The figures and tables of the report"
     fig, axes = new_axes(2.6, 2., n=len(found))
@@ -123,7 +124,7 @@ def _show(run, cfg, tasks, found):
         run.figure('letters', fig, 'What the usual word pattern keeps of the passages; mark-safe words keep everything')
     for lang, runs in found.items():
         run.table(f'hardest-{lang}', _hardest(tasks[lang], runs), f'{lang}: the questions that every system finds hardest')
-    rules = {n: s.protocol for n, s in run.scores.items() if n.startswith('ndcg@10/')}
+    rules = {n: s.protocol for n, s in run.scores.items() if n.split('/')[0] == 'ndcg@10'}
     run.table('protocol', [{'score': n, 'protocol': p} for n, p in rules.items()], 'By which rules each number was made')
 
 def _hardest(task, runs, n=3):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ExploreConfig', 'run']
 
-# %% ../../nbs/01_setup_exploration.ipynb #c57a9666
+# %% ../../nbs/01_setup_exploration.ipynb #e435ba19
 from collections import Counter
 from dataclasses import replace
 from typing import Literal
@@ -13,12 +13,12 @@ from typing import Literal
 from ..core.config import ChapterConfig
 from ..core.files import whole_folder
 from ..core.runs import Run
-from ..core.viz import bars, curves, hist, new_axes
+from ..core.viz import bars, boxes, curves, hist, new_axes
 from ..evals.bm25 import broken_words
 from ..evals.stats import bootstrap_ratio
 from ..text.clean import clean
 from ..text.corpus import split_corpus, write_splits
-from ..text.script import words
+from ..text.script import sentences, words
 from ..text.sources import read_records
 from ..text.statistics import corpus_table, heaps, power, quality_table, zipf
 from ..text.tokenize import KINDS, fertility, train_tokenizer
@@ -31,7 +31,7 @@ class ExploreConfig(ChapterConfig):
     tokenizer:Literal['bpe', 'unigram', 'char', 'gpt2']='bpe' # Which one is kept for the next chapters
     duplicate:float=0.8    # Similarity from which a text is a near duplicate
 
-# %% ../../nbs/01_setup_exploration.ipynb #89d5dfe9
+# %% ../../nbs/01_setup_exploration.ipynb #a97453eb
 def run(
     cfg:ExploreConfig, # Settings; `ExploreConfig()` reads the samples
 )->Run:                # The finished run: corpus in `export/corpus`, tokenizer in `model`, scores `tokens_per_word…` and `words_kept…`
@@ -46,14 +46,14 @@ def run(
         if not ledger.kept: raise ValueError(f'no text is left after cleaning; most were dropped as {Counter(d["rule"] for d in ledger.dropped).most_common(1)[0][0]!r}')
         parts = split_corpus(ledger.kept, cfg.seed)
         write_splits(parts, run.path / 'export' / 'corpus')
-        _show_corpus(run, records, ledger)
+        _show_words(run, _show_corpus(run, records, ledger))
         run.say('training tokenizers')
         _compare(run, cfg, parts)
     return run
 
-# %% ../../nbs/01_setup_exploration.ipynb #444ae8f2
+# %% ../../nbs/01_setup_exploration.ipynb #f769fab0
 def _show_corpus(run, records, ledger):
-    "Tables and pictures of what was read and what was kept"
+    "Tables and pictures of what was read and what was kept; the texts by language"
     texts = {lang: [r.text for r in ledger.kept if r.lang == lang] for lang in sorted({r.lang for r in ledger.kept})}
     run.table('ledger', ledger.table(), f'What became of the {len(records)} texts that were read')
     run.table('quality', quality_table(ledger.kept), 'The kept texts: length in characters, share of letters and marks in the right script')
@@ -63,11 +63,17 @@ def _show_corpus(run, records, ledger):
     growth = {lang: heaps(ts) for lang, ts in texts.items()}
     curves({f'{lang} (exponent {power(*g):.2f})': g for lang, g in growth.items()}, 'words read', 'different words', ax=right)
     run.figure('corpus', fig, 'Lengths of the texts, and growth of the vocabulary (Heaps)')
+    return texts
+
+def _show_words(run, texts):
+    "What the usual word pattern leaves of each language"
     whole = {}
     for lang, ts in texts.items():
         found = [(sum(broken_words(w) == [w] for w in ws), len(ws)) for t in ts if (ws := [w for w in words(t.lower()) if len(w) > 1])]
         whole[lang] = bootstrap_ratio(*zip(*found), protocol=r'words of two or more characters that \b\w\w+\b returns whole')
         run.score('words_kept_by_default_pattern' + (f'/{lang}' if len(texts) > 1 else ''), whole[lang])
+        sentence = max(sentences(ts[0]), key=len)
+        run.figure(f'shards-{lang}', boxes({'mark-safe': words(sentence), 'usual': broken_words(sentence)}), f'One sentence in {lang}, cut by mark-safe words and by the usual pattern')
     fig, ax = new_axes()
     bars({lang: (s.value, s.low, s.high) for lang, s in whole.items()}, 'share of words left whole', ax=ax)
     run.figure('words', fig, 'What the usual word pattern leaves whole; the mark-safe words keep all of them')
