@@ -95,7 +95,7 @@ def _quiet():
     "Libraries keep their bars and banners to themselves"
     for key, value in dict(HF_HUB_DISABLE_PROGRESS_BARS='1', TOKENIZERS_PARALLELISM='false', TRANSFORMERS_VERBOSITY='error').items(): os.environ.setdefault(key, value)
 
-# %% ../../nbs/app/01_cli.ipynb #6387b134
+# %% ../../nbs/app/01_cli.ipynb #feba5bc2
 def _tell(whole, chapters, dry_run):
     "The settled configurations and the steps, on standard output where nothing will run"
     def line(text=''): typer.echo(text, err=not dry_run)
@@ -112,11 +112,14 @@ def _show(run):
     "Scores and places, for a person"
     from rich.console import Console
     from rich.table import Table
-    table = Table('score', 'value', '95 % interval', 'n', 'beside it')
+    console = Console()
+    wide = console.width >= 130
+    table = Table('score', 'value', '95 % interval', 'n', *(['beside it'] if wide else []))
     table.columns[0].overflow = 'fold'
     for name, s in run.scores.items():
-        table.add_row(name, decimals(s.value), f'{decimals(s.low)} to {decimals(s.high)}', str(s.n), ', '.join(f'{k} {decimals(v)}' for k, v in s.baselines.items()))
-    Console().print(table)
+        beside = ', '.join(f'{k} {decimals(v)}' for k, v in s.baselines.items())
+        table.add_row(name, decimals(s.value), f'{decimals(s.low)} to {decimals(s.high)}', str(s.n), *([beside] if wide else []))
+    console.print(table)
     page = run.path / 'report.html'
     typer.echo(f'everything is in {_short(run.path)}/' + (f'; open {_short(page)}' if page.exists() else ''))
 

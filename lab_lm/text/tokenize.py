@@ -16,7 +16,7 @@ SPECIALS = ('<pad>', '<unk>', '<s>', '</s>', '<mask>') # Their ids are 0 to 4
 SAFE = r'▁?[\p{L}\p{M}\x{200c}\x{200d}]+|▁?\p{N}|▁?[^\p{L}\p{M}\p{N}▁\x{200c}\x{200d}]+|▁' # A word with its marks; digits one by one
 KINDS = ('bpe', 'unigram', 'char', 'gpt2')
 
-# %% ../../nbs/text/05_tokenize.ipynb #23e0737d
+# %% ../../nbs/text/05_tokenize.ipynb #1511d7c4
 def train_tokenizer(
     texts,                # Texts to learn from
     kind:str='bpe',       # One of `KINDS`
@@ -33,6 +33,7 @@ def train_tokenizer(
     _wrap(tokenizer, bos, eos)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, unk_token=unk, bos_token=bos, eos_token=eos, mask_token=mask, clean_up_tokenization_spaces=False)
 
+# %% ../../nbs/text/05_tokenize.ipynb #46802a09
 def _parts(kind, vocab_size):
     "An untrained tokenizer and its trainer"
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -49,6 +50,7 @@ def _parts(kind, vocab_size):
         tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Replace('▁', ' ')])
     return tokenizer, trainer
 
+# %% ../../nbs/text/05_tokenize.ipynb #fc276f0f
 def _with_bytes(tokenizer):
     "Give the 256 byte pieces the ids after the special tokens, as ordinary pieces, for what was never seen"
     from tokenizers import Tokenizer
