@@ -152,7 +152,7 @@ def hist(
         if len(groups) > 1: ax.legend(fontsize=8)
     return ax
 
-# %% ../../nbs/core/07_viz.ipynb #dfa41b83
+# %% ../../nbs/core/07_viz.ipynb #475c384b
 def boxes(
     rows:dict,        # Name of a row to its pieces, in order
     width:float=8.,   # Inches
@@ -160,13 +160,14 @@ def boxes(
     "Rows of pieces of text, each piece in a box"
     fig, ax = new_axes(width, .45 * len(rows) + .2)
     ax.axis('off'); ax.set(xlim=(0, 1), ylim=(-len(rows) + .4, .6))
-    renderer, start = fig.canvas.get_renderer(), 1.2 / width
+    renderer = fig.canvas.get_renderer()
+    def end(text): return text.get_window_extent(renderer).transformed(ax.transData.inverted()).x1
     with style():
-        for y, (name, pieces) in enumerate(rows.items()):
-            ax.text(0, -y, label(name), va='center', fontsize=9, color='#55636f')
+        start = max(end(ax.text(0, -y, label(name), va='center', fontsize=9, color='#55636f')) for y, name in enumerate(rows)) + .2 / width
+        for y, pieces in enumerate(rows.values()):
             x = start
             for i, piece in enumerate(pieces):
                 drawn = ax.text(x, -y, label(piece), va='center', fontsize=11, bbox=dict(boxstyle='round,pad=.25', fc='#e3eef7' if i % 2 else '#f7ecd8', ec='none'))
-                x = drawn.get_window_extent(renderer).transformed(ax.transData.inverted()).x1 + .14 / width
+                x = end(drawn) + .14 / width
                 if x > 1.005: drawn.remove(); break
     return fig
