@@ -129,7 +129,9 @@ def docs(root):
         done = subprocess.run([sys.executable, '-c', code], cwd=copy, env=env, capture_output=True, text=True)
         made = list((copy / '_proc').rglob('*.ipynb'))
         if done.returncode or len(made) < len(notebooks(root)): return [f'{len(made)} of {len(notebooks(root))} pages made: {(done.stdout + done.stderr).strip()[-1500:]}']
-        return [f'{p.name}: an error in the page' for p in made if '"output_type": "error"' in p.read_text(encoding='utf-8')]
+        faults = [f'{p.name}: an error in the page' for p in made if '"output_type": "error"' in p.read_text(encoding='utf-8')]
+        named = re.search(r'metadata-files: \[(.+)\]', (copy / 'nbs' / '_quarto.yml').read_text(encoding='utf-8'))[1].split(', ')
+        return faults + [f'nbs/_quarto.yml names {file}, which is not there' for file in named if not (copy / 'nbs' / file).exists()]
 
 
 STEPS = dict(clean=clean, sync=sync, links=links, readme=readme, layers=layers, notebooks=nbdev_test, pytest=pytest, docs=docs)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHAPTERS', 'INTRO', 'TINY', 'Chapter', 'load_chapter', 'AllConfig', 'plan', 'run_all']
 
-# %% ../../nbs/app/00_pipeline.ipynb #35147da9
+# %% ../../nbs/app/00_pipeline.ipynb #89b3dab4
 import os
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,6 +15,7 @@ from ..core.files import write_atomic
 from ..core.paths import home, models_dir
 from ..core.progress import say
 from ..core.runs import Run, RunFolder, run_path, run_status
+from ..text.sources import read_records
 
 # %% ../../nbs/app/00_pipeline.ipynb #2e1af641
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class AllConfig(ChapterConfig):
     "What the whole pipeline can be told; a chapter's own keys are written as mlm.steps=50"
     name:str='demo' # Folder of the run under models/
 
-# %% ../../nbs/app/00_pipeline.ipynb #11c9e2b2
+# %% ../../nbs/app/00_pipeline.ipynb #f6fa6da9
 def plan(
     args:tuple=(),        # Command-line words, key=value or chapter.key=value
     file:'str|None'=None, # YAML: keys, and a mapping under a chapter's name
@@ -57,8 +58,8 @@ def plan(
     own_words, shared = {name: [] for name in CHAPTERS}, []
     for word in args:
         chapter, dot, _ = word.partition('=')[0].partition('.')
-        if dot and chapter in CHAPTERS: own_words[chapter].append(word[len(chapter) + 1:])
-        else: shared.append(word)
+        if not dot: shared.append(word)
+        else: load_chapter(chapter), own_words[chapter].append(word[len(chapter) + 1:])
     whole = resolve(AllConfig, shared, content, env)
     return whole, {name: _for_chapter(name, whole, own_words[name], own_file[name], env) for name in CHAPTERS}
 
@@ -81,13 +82,15 @@ INTRO = ('Five chapters, one after the other, on the same texts: corpus and toke
          'Every number is read from the records of its run, with its interval and the rules by which it was made.')
 TINY = ' The size was tiny: models of some hundred thousand weights, trained for seconds. They show that every part works and what it measures, not what language models can do.'
 
-# %% ../../nbs/app/00_pipeline.ipynb #4514135f
+# %% ../../nbs/app/00_pipeline.ipynb #0d179950
 def run_all(
     whole:Resolved,  # The pipeline's settings
     chapters:dict,   # Chapter to `Resolved`, in order
 )->Run:              # The finished run: `report.html`, and every chapter's scores as chapter/score
     "Run the chapters in order and write one report"
-    with Run.start(whole.config, 'all') as run:
+    cfg = whole.config
+    read_records(cfg.data, cfg.lang, cfg.errors) # Bad data is told before an earlier run is set aside
+    with Run.start(cfg, 'all') as run:
         done = []
         try:
             for i, (name, resolved) in enumerate(chapters.items(), 1):
@@ -95,7 +98,7 @@ def run_all(
                 done.append(RunFolder(run_path(resolved.config.name)))
                 one = load_chapter(name)[1](resolved.config)
                 for score, value in one.scores.items(): run.score(f'{name}/{score}', value)
-        finally: _report(run, whole.config, [r for r in done if run_status(r.path) != 'absent'])
+        finally: _report(run, cfg, [r for r in done if run_status(r.path) != 'absent'])
     return run
 
 def _report(run, cfg, runs):

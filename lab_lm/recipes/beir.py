@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BeirConfig', 'run']
 
-# %% ../../nbs/04_beir_eval.ipynb #32a4e31a
+# %% ../../nbs/04_beir_eval.ipynb #cd2400f3
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from pydantic import PositiveInt
 from ..core.config import ChapterConfig
 from ..core.files import whole_folder
 from ..core.paths import home
@@ -26,7 +27,7 @@ from ..text.batches import masked_batches, rows
 from ..text.tokenize import train_tokenizer
 from ..train.learner import fit
 
-# %% ../../nbs/04_beir_eval.ipynb #69d6cb04
+# %% ../../nbs/04_beir_eval.ipynb #f425bc69
 class BeirConfig(ChapterConfig):
     "What chapter 4 can be told"
     name:str='beir'         # Folder of the run under models/
@@ -34,7 +35,7 @@ class BeirConfig(ChapterConfig):
     encoder:str='pocket'    # pocket: a small masked model trained on the passages; else a model folder or a hub name
     queries:Literal['auto', 'judged', 'cloze']='auto' # Judged questions, the inverse cloze task, or auto: judged where there are some
     split:str='test'        # Which judgements
-    steps:int=40            # Training steps of the pocket encoder
+    steps:PositiveInt=40            # Training steps of the pocket encoder
 
 # %% ../../nbs/04_beir_eval.ipynb #1cc267f3
 def run(

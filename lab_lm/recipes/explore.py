@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['ExploreConfig', 'run']
 
-# %% ../../nbs/01_setup_exploration.ipynb #e435ba19
+# %% ../../nbs/01_setup_exploration.ipynb #0f16ccf5
 from collections import Counter
 from dataclasses import replace
 from typing import Literal
 
-from ..core.config import ChapterConfig
+from pydantic import PositiveInt
+
+from ..core.config import ChapterConfig, Share
 from ..core.files import whole_folder
 from ..core.runs import Run
 from ..core.viz import bars, boxes, curves, hist, new_axes
@@ -23,13 +25,13 @@ from ..text.sources import read_records
 from ..text.statistics import corpus_table, heaps, power, quality_table, zipf
 from ..text.tokenize import KINDS, fertility, train_tokenizer
 
-# %% ../../nbs/01_setup_exploration.ipynb #514f4b48
+# %% ../../nbs/01_setup_exploration.ipynb #9739f4eb
 class ExploreConfig(ChapterConfig):
     "What chapter 1 can be told"
     name:str='explore'     # Folder of the run under models/
-    vocab_size:int=3000    # Entries of each tokenizer
+    vocab_size:PositiveInt=3000    # Entries of each tokenizer
     tokenizer:Literal['bpe', 'unigram', 'char', 'gpt2']='bpe' # Which one is kept for the next chapters
-    duplicate:float=0.8    # Similarity from which a text is a near duplicate
+    duplicate:Share=0.8    # Similarity, between 0 and 1, from which a text is a near duplicate
 
 # %% ../../nbs/01_setup_exploration.ipynb #a97453eb
 def run(

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['STEPS', 'MLMConfig', 'run']
 
-# %% ../../nbs/02_mlm_training.ipynb #427f3cdf
+# %% ../../nbs/02_mlm_training.ipynb #97d5d33a
 from statistics import fmean
 
-from ..core.config import ChapterConfig
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from ..core.config import ChapterConfig, Share
 from ..core.files import whole_folder
 from ..core.paths import find
 from ..core.runs import Run
@@ -24,19 +26,19 @@ from ..text.script import words
 from ..text.tokenize import train_tokenizer
 from ..train.learner import fit
 
-# %% ../../nbs/02_mlm_training.ipynb #c24c07ba
+# %% ../../nbs/02_mlm_training.ipynb #677b4a0f
 STEPS = dict(tiny=250, small=20_000, base=100_000)
 
 class MLMConfig(ChapterConfig):
     "What chapter 2 can be told"
     name:str='mlm'         # Folder of the run under models/
     tokenizer:str=''       # Folder of a tokenizer, such as explore/model; empty trains one on the training texts
-    vocab_size:int=3000    # Entries of a tokenizer that is trained here
-    steps:int=0            # Optimiser steps; 0 takes what belongs to the size
-    batch_size:int=16      # Rows in a batch
-    length:int=128         # Tokens in a row at the most
-    mask:float=0.3         # Share of tokens that is hidden in training; 0.15 in evaluation, always
-    lr:float=4e-3          # Highest learning rate
+    vocab_size:PositiveInt=3000    # Entries of a tokenizer that is trained here
+    steps:NonNegativeInt=0            # Optimiser steps; 0 takes what belongs to the size
+    batch_size:PositiveInt=16      # Rows in a batch
+    length:PositiveInt=128         # Tokens in a row at the most
+    mask:Share=0.3         # Share of tokens that is hidden in training; 0.15 in evaluation, always
+    lr:PositiveFloat=4e-3          # Highest learning rate
 
 # %% ../../nbs/02_mlm_training.ipynb #f885b5bb
 def run(

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ProbesConfig', 'run']
 
-# %% ../../nbs/05_probes.ipynb #2f36382a
+# %% ../../nbs/05_probes.ipynb #bd81249d
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from pydantic import PositiveInt
 from ..core.config import ChapterConfig
 from ..core.files import whole_folder
 from ..core.paths import home
@@ -26,16 +27,16 @@ from ..text.tiny import POCKET_LANGS, pocket_sentences
 from ..text.tokenize import train_tokenizer
 from ..train.learner import fit
 
-# %% ../../nbs/05_probes.ipynb #8d283b2c
+# %% ../../nbs/05_probes.ipynb #9a1a647c
 class ProbesConfig(ChapterConfig):
     "What chapter 5 can be told"
     name:str='probes'        # Folder of the run under models/
     data:Literal['pocket']='pocket' # Labelled sentences: the pocket languages
     model:str='pocket'       # pocket: a small masked model trained on pocket sentences; else a model folder or a hub name
     features:str='Gender,Number' # Features to probe, with commas between
-    sentences:int=600        # Labelled sentences of each language
+    sentences:PositiveInt=600        # Labelled sentences of each language
     by:Literal['sentence', 'type']='sentence' # What is kept apart between training and test
-    steps:int=150            # Training steps of the pocket model
+    steps:PositiveInt=150            # Training steps of the pocket model
 
 # %% ../../nbs/05_probes.ipynb #d528ddbd
 def run(

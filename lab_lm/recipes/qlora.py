@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MODELS', 'QLoRAConfig', 'run']
 
-# %% ../../nbs/03_gemma_qlora.ipynb #4d97c03b
+# %% ../../nbs/03_gemma_qlora.ipynb #b4118d0c
 from statistics import fmean
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from ..core.config import ChapterConfig
 from ..core.files import whole_folder
 from ..core.paths import find
@@ -23,21 +24,21 @@ from ..text.chat import chat_batches, collate, encode_chats, encode_texts, make_
 from ..text.sources import read_records
 from ..train.learner import fit
 
-# %% ../../nbs/03_gemma_qlora.ipynb #a936371f
+# %% ../../nbs/03_gemma_qlora.ipynb #808b6372
 MODELS = dict(small='google/gemma-3-270m-it', base='google/gemma-3-1b-it') # `tiny` is made on the spot
 
 class QLoRAConfig(ChapterConfig):
     "What chapter 3 can be told"
     name:str='qlora'          # Folder of the run under models/
     model:str=''              # Model folder or hub name of a Gemma 3; empty takes the one that belongs to size
-    pretrain_steps:int=200    # Steps on plain text before the adapter; only for the tiny model, which starts from noise
-    steps:int=60              # Optimiser steps of the adapter
-    batch_size:int=8          # Chats in a batch
-    lr:float=0.               # Highest learning rate of the adapter; 0 takes 5e-3 for the tiny model and 2e-4 for others
-    rank:int=8                # Rows of the adapter's matrices
-    alpha:float=16            # The adapter counts alpha/rank times
-    max_length:int=256        # Most tokens of a chat; longer ones are left out and counted
-    max_texts:int=2000        # Most texts, and most chats, that are used
+    pretrain_steps:NonNegativeInt=200    # Steps on plain text before the adapter; only for the tiny model, which starts from noise
+    steps:PositiveInt=60              # Optimiser steps of the adapter
+    batch_size:PositiveInt=8          # Chats in a batch
+    lr:NonNegativeFloat=0.               # Highest learning rate of the adapter; 0 takes 5e-3 for the tiny model and 2e-4 for others
+    rank:PositiveInt=8                # Rows of the adapter's matrices
+    alpha:PositiveFloat=16            # The adapter counts alpha/rank times
+    max_length:PositiveInt=256        # Most tokens of a chat; longer ones are left out and counted
+    max_texts:PositiveInt=2000        # Most texts, and most chats, that are used
     quants:str='f16,q8_0'     # GGUF files to write: f32, f16, q8_0
 
 # %% ../../nbs/03_gemma_qlora.ipynb #3dc56731
