@@ -6,19 +6,19 @@
 __all__ = ['POCKET_LANGS', 'pocket', 'pocket_sentences', 'pocket_corpus', 'pocket_pairs', 'pocket_facts', 'pocket_retrieval',
            'write_pocket']
 
-# %% ../../nbs/text/10_tiny.ipynb #63620709
+# %% ../../nbs/text/10_tiny.ipynb #85c656c4
 import json
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from random import Random
 
 from ..core.files import write_atomic
+from . import pocket_hi, pocket_ta
 from .corpus import Record
 from .morph import Sentence, to_conllu
 from .pocket import Fact, Pair, PocketLanguage
 
-# %% ../../nbs/text/10_tiny.ipynb #221a97e9
+# %% ../../nbs/text/10_tiny.ipynb #a415c54b
 POCKET_LANGS = ('hi', 'ta')
 
 def pocket(
@@ -26,7 +26,7 @@ def pocket(
 )->PocketLanguage:  # A module with `sentence`, `pair`, `fact`, `lexicon` and `PHENOMENA`
     "The grammar of a pocket language"
     if lang not in POCKET_LANGS: raise ValueError(f"no pocket language {lang!r}; known: {', '.join(POCKET_LANGS)}")
-    return import_module(f'lab_lm.text.pocket_{lang}')
+    return dict(hi=pocket_hi, ta=pocket_ta)[lang]
 
 # %% ../../nbs/text/10_tiny.ipynb #4a6b1d6c
 def _rng(kind:str, lang:str, seed:int, n:int)->Random:
