@@ -123,20 +123,17 @@ def _show(run):
     page = run.path / 'report.html'
     typer.echo(f'everything is in {_short(run.path)}/' + (f'; open {_short(page)}' if page.exists() else ''))
 
-# %% ../../nbs/app/01_cli.ipynb #c29c991c
+# %% ../../nbs/app/01_cli.ipynb #0f8dd803
 app = typer.Typer(name='lab_lm', no_args_is_help=True, pretty_exceptions_enable=False, context_settings={'help_option_names': ['-h', '--help']},
                   help='A laboratory for language models of low-resource languages. Each chapter takes settings as key=value.')
 
 class _WithKeys(typer.core.TyperCommand):
     "A command whose help lists the keys of its chapter"
-    def format_epilog(self, ctx, formatter):
-        cls = AllConfig if self.name == 'all' else load_chapter(self.name)[0]
-        typer.echo('\nKeys:')
-        for row in describe(cls): typer.echo(f"  {row['key'] + '=' + str(row['default']):<28} {row['type']:<24} {row['help']}")
-
     def format_help(self, ctx, formatter):
         super().format_help(ctx, formatter)
-        self.format_epilog(ctx, formatter)
+        typer.echo('\nKeys:')
+        for row in describe(AllConfig if self.name == 'all' else load_chapter(self.name)[0]):
+            typer.echo(f"  {row['key'] + '=' + str(row['default']):<28} {row['type']:<24} {row['help']}")
 
 # %% ../../nbs/app/01_cli.ipynb #6c83491f
 def _add(name, about):

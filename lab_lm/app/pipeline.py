@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CHAPTERS', 'INTRO', 'TINY', 'Chapter', 'load_chapter', 'AllConfig', 'plan', 'run_all']
 
-# %% ../../nbs/app/00_pipeline.ipynb #89b3dab4
+# %% ../../nbs/app/00_pipeline.ipynb #47cf533b
 import os
 from dataclasses import dataclass
 from importlib import import_module
 
 from ..core.config import ChapterConfig, Resolved, did_you_mean, read_yaml, resolve
 from ..core.files import write_atomic
-from ..core.paths import home, models_dir
+from ..core.paths import home
 from ..core.progress import say
 from ..core.runs import Run, RunFolder, run_path, run_status
 from ..text.sources import read_records

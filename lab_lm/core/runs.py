@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['PARTS', 'decimals', 'Score', 'run_path', 'run_status', 'RunFolder', 'Run']
 
-# %% ../../nbs/core/06_runs.ipynb #71085af7
+# %% ../../nbs/core/06_runs.ipynb #5428de1f
 import io
 import json
 import os
 import re
 import shutil
-import sys
 import time
 import traceback
 from contextlib import contextmanager
@@ -21,8 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .config import Config, to_yaml
-from .files import append_line, read_lines, whole_folder, write_atomic, write_json
+from .config import to_yaml
+from .files import append_line, read_lines, write_atomic, write_json
 from .paths import models_dir
 from .progress import say
 from .provenance import provenance, scrub

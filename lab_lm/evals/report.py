@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'font_faces', 'html_table', 'html_scores', 'html_run', 'report_html']
 
-# %% ../../nbs/evals/08_report.ipynb #6ba8ddf8
+# %% ../../nbs/evals/08_report.ipynb #3715ffbe
 import base64
 import io
 import json
@@ -14,7 +14,7 @@ from importlib.resources import files
 
 import yaml
 
-from ..core.runs import RunFolder, Score, decimals, run_status
+from ..core.runs import RunFolder, decimals, run_status
 from ..core.viz import INDIC_FONTS
 
 # %% ../../nbs/evals/08_report.ipynb #426823ae

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['BeirConfig', 'run']
 
-# %% ../../nbs/04_beir_eval.ipynb #cd2400f3
+# %% ../../nbs/04_beir_eval.ipynb #cad9e571
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 from pydantic import PositiveInt
+
 from ..core.config import ChapterConfig
 from ..core.files import whole_folder
-from ..core.paths import home
+from ..core.paths import folder_or_name
 from ..core.runs import Run
 from ..core.seed import seeded
 from ..core.viz import bars, new_axes
@@ -37,12 +37,13 @@ class BeirConfig(ChapterConfig):
     split:str='test'        # Which judgements
     steps:PositiveInt=40            # Training steps of the pocket encoder
 
-# %% ../../nbs/04_beir_eval.ipynb #1cc267f3
+# %% ../../nbs/04_beir_eval.ipynb #f79b5a4b
 def run(
     cfg:BeirConfig, # Settings; `BeirConfig()` measures everything on the samples
 )->Run:             # The finished run: scores such as `ndcg@10/hi/bm25`, or `ndcg@10` where one language and one system are asked for; each query's ranks in records/
     "Measure search on every task of a folder"
     tasks = read_tasks(cfg.data, cfg.lang, cfg.split, cfg.queries, cfg.seed, cfg.errors)
+    folder_or_name(cfg.encoder) # A folder that is not there is told before anything is written
     with Run.start(cfg, 'beir') as run:
         for lang in [lang for lang, task in tasks.items() if not task.answerable]:
             run.skip(f'retrieval/{lang}', 'no question has a relevant passage, and no text has three sentences to take one from')
@@ -53,11 +54,11 @@ def run(
         if found: _show(run, cfg, tasks, found)
     return run
 
-# %% ../../nbs/04_beir_eval.ipynb #70e3a4d8
+# %% ../../nbs/04_beir_eval.ipynb #0d68813f
 def _encoders(run, cfg, tasks):
     "The encoder and its twin with random weights, as (model, tokenizer)"
     if cfg.encoder == 'pocket': model, tokenizer = _pocket(run, cfg, [t for task in tasks.values() for t in task.corpus.values()])
-    else: model, tokenizer = load_model(next((str(p) for p in (Path(cfg.encoder), home() / cfg.encoder) if p.is_dir()), cfg.encoder), 'masked')
+    else: model, tokenizer = load_model(folder_or_name(cfg.encoder), 'masked')
     with seeded(cfg.seed): twin = type(model)(model.config).eval()
     return {'random weights': (twin, tokenizer), 'encoder': (model, tokenizer)}
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ExploreConfig', 'run']
 
-# %% ../../nbs/01_setup_exploration.ipynb #0f16ccf5
+# %% ../../nbs/01_setup_exploration.ipynb #9d469f99
 from collections import Counter
 from dataclasses import replace
 from typing import Literal
@@ -22,7 +22,7 @@ from ..text.clean import clean
 from ..text.corpus import split_corpus, write_splits
 from ..text.script import sentences, words
 from ..text.sources import read_records
-from ..text.statistics import corpus_table, heaps, power, quality_table, zipf
+from ..text.statistics import corpus_table, heaps, power, quality_table
 from ..text.tokenize import KINDS, fertility, train_tokenizer
 
 # %% ../../nbs/01_setup_exploration.ipynb #9739f4eb

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['ProbesConfig', 'run']
 
-# %% ../../nbs/05_probes.ipynb #bd81249d
+# %% ../../nbs/05_probes.ipynb #92386cb3
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 from pydantic import PositiveInt
 from ..core.config import ChapterConfig
 from ..core.files import whole_folder
-from ..core.paths import home
+from ..core.paths import folder_or_name
 from ..core.runs import Run
 from ..core.seed import seeded
 from ..core.viz import bars, curves, new_axes
@@ -38,11 +37,12 @@ class ProbesConfig(ChapterConfig):
     by:Literal['sentence', 'type']='sentence' # What is kept apart between training and test
     steps:PositiveInt=150            # Training steps of the pocket model
 
-# %% ../../nbs/05_probes.ipynb #d528ddbd
+# %% ../../nbs/05_probes.ipynb #083b5985
 def run(
     cfg:ProbesConfig, # Settings; `ProbesConfig()` probes gender and number in Hindi and Tamil
 )->Run:               # The finished run: scores such as `accuracy/Gender/hi` and `selectivity/Gender/hi`, each word's guess in records/
     "Probe a model layer by layer, beside its controls and its random twin"
+    folder_or_name(cfg.model) # A folder that is not there is told before anything is written
     with Run.start(cfg, 'probes') as run:
         found = {}
         for lang in ('hi', 'ta', 'en') if cfg.lang == 'all' else [cfg.lang]:
@@ -53,11 +53,11 @@ def run(
         if found: _show(run, cfg, found)
     return run
 
-# %% ../../nbs/05_probes.ipynb #bf26e4ae
+# %% ../../nbs/05_probes.ipynb #3a73eb40
 def _models(run, cfg, lang):
     "The model, its twin with random weights, and the tokenizer"
     if cfg.model == 'pocket': model, tokenizer = _pocket(run, cfg, lang)
-    else: model, tokenizer = load_model(next((str(p) for p in (Path(cfg.model), home() / cfg.model) if p.is_dir()), cfg.model), 'masked')
+    else: model, tokenizer = load_model(folder_or_name(cfg.model), 'masked')
     with seeded(cfg.seed): twin = type(model)(model.config).eval()
     return {'model': model, 'random weights': twin}, tokenizer
 

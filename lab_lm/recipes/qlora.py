@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MODELS', 'QLoRAConfig', 'run']
 
-# %% ../../nbs/03_gemma_qlora.ipynb #b4118d0c
+# %% ../../nbs/03_gemma_qlora.ipynb #87210419
 from statistics import fmean
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from ..core.config import ChapterConfig
 from ..core.files import whole_folder
-from ..core.paths import find
+from ..core.paths import find, folder_or_name
 from ..core.runs import Run
 from ..core.seed import seeded
 from ..core.viz import bars, curves, new_axes
@@ -60,10 +60,10 @@ def run(
         _export(run, cfg, quants, parts['test'][:6], tokenizer)
     return run
 
-# %% ../../nbs/03_gemma_qlora.ipynb #e820164d
+# %% ../../nbs/03_gemma_qlora.ipynb #3dd5c9b9
 def _base(run, cfg, texts):
     "The model to start from: a name on the hub, or a tiny one that has read the texts"
-    if cfg.model or cfg.size != 'tiny': return cfg.model or MODELS[cfg.size]
+    if cfg.model or cfg.size != 'tiny': return folder_or_name(cfg.model or MODELS[cfg.size])
     run.say(f'making a tiny Gemma 3 and letting it read {len(texts)} texts')
     with whole_folder(run.path / 'checkpoints' / 'base') as folder:
         save_tiny_gemma(folder, texts, 2048, cfg.seed)

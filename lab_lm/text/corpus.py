@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['SPLITS', 'Record', 'to_record', 'to_jsonl', 'split_corpus', 'write_splits']
 
-# %% ../../nbs/text/02_corpus.ipynb #2d198ade
+# %% ../../nbs/text/02_corpus.ipynb #c9d33a81
 import hashlib
 import json
-import random
 from dataclasses import asdict, dataclass, field
 
 from ..core.files import write_atomic

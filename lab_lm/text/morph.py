@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Token', 'Sentence', 'read_conllu', 'to_conllu', 'feature_labels']
 
-# %% ../../nbs/text/06_morph.ipynb #b54365b0
+# %% ../../nbs/text/06_morph.ipynb #fcb34d24
 import gzip
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../../nbs/text/06_morph.ipynb #cceb3034
