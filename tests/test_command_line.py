@@ -91,3 +91,14 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(models):
     assert done.returncode == 2 and 'the disk is full' in done.stderr and 'Traceback' not in done.stderr, done.stderr
     assert run_status(models / 'explore') in ('failed', 'unfinished')
     assert not list(models.rglob('*.part'))
+
+
+def test_what_training_leaves_out_is_told(models, tmp_path):
+    text = [f'यह {n} नंबर का वाक्य है जिसमें {n * n} लिखा है।' for n in range(60)]
+    (tmp_path / 'mixed.txt').write_bytes('\n'.join([*text, 'only Latin letters in this line']).encode() + b'\n\xff\xfe\xff\n')
+    done = lab(models, 'mlm', f'data={tmp_path}/mixed.txt', 'lang=hi', 'errors=skip', 'vocab_size=400', 'steps=1', '--json')
+    assert done.returncode == 0, done.stderr
+    story = (models / 'mlm' / 'story.jsonl').read_text(encoding='utf-8')
+    assert '1 left out before training: bytes that are not UTF-8' in story and '1 left out before training: other script' in story
+    done = lab(models, 'beir', f'data={tmp_path}/mixed.txt', 'lang=hi', 'errors=skip', 'model=bm25')
+    assert '1 bytes that are not UTF-8' in done.stderr

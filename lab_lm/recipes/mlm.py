@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STEPS', 'MLMConfig', 'run']
 
-# %% ../../nbs/02_mlm_training.ipynb #97d5d33a
+# %% ../../nbs/02_mlm_training.ipynb #c518449a
+from collections import Counter
 from statistics import fmean
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -40,12 +41,14 @@ class MLMConfig(ChapterConfig):
     mask:Share=0.3         # Share of tokens that is hidden in training; 0.15 in evaluation, always
     lr:PositiveFloat=4e-3          # Highest learning rate
 
-# %% ../../nbs/02_mlm_training.ipynb #f885b5bb
+# %% ../../nbs/02_mlm_training.ipynb #f7048471
 def run(
     cfg:MLMConfig, # Settings; `MLMConfig()` is the tiny run on the samples
 )->Run:            # The finished run: model and tokenizer in `model`, scores `bits_per_byte` and `bits_per_byte/<lang>`
     "Train a masked language model from scratch and measure it on held-out text"
-    parts = split_corpus(clean(read_records(cfg.data, cfg.lang, cfg.errors)).kept, cfg.seed)
+    skipped = Counter()
+    ledger = clean(read_records(cfg.data, cfg.lang, cfg.errors, skipped))
+    parts = split_corpus(ledger.kept, cfg.seed)
     test = parts['test'] or parts['validation']
     if not parts['train'] or not test: raise ValueError(f"too few texts to train on and to measure with: {sum(map(len, parts.values()))} after cleaning; give some dozens at least")
     tokenizer = _tokenizer(cfg, parts)
@@ -55,6 +58,7 @@ def run(
         some = rows(texts, tokenizer, cfg.length)
         run.note(f'{model.num_parameters():,} weights, {len(texts):,} training texts, {sum(map(len, some)):,} tokens, {steps:,} steps of {cfg.batch_size} rows; '
                  f'{len(test)} texts held out for the test.')
+        for reason, n in (skipped + Counter(d['rule'] for d in ledger.dropped)).items(): run.note(f'{n} left out before training: {reason}.')
         run.say(f'training {model.num_parameters():,} weights for {steps:,} steps')
         watched = masked_rows(tokenizer, [r.text for r in parts['validation'] or test][:64], seed=cfg.seed)
         held = lambda m: dict(validation=fmean(x for row in masked_nats(m, tokenizer, watched) for x in row))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'form_of', 'read_text_lines', 'read_file', 'files_of', 'read_records']
 
-# %% ../../nbs/text/03_sources.ipynb #629880c9
+# %% ../../nbs/text/03_sources.ipynb #3361d3de
 import gzip
 import json
 import zlib
@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..core.paths import find
+from ..core.progress import say
 from .corpus import SPLITS, Record, to_record
 from .script import LANG_SCRIPT, script_of
 
@@ -87,15 +88,16 @@ def files_of(
             raise ValueError(f"{p.name}: the validation split is called validation here; rename it to validation{form_of(p)} or pass errors=skip")
     return found
 
-# %% ../../nbs/text/03_sources.ipynb #97252cb6
+# %% ../../nbs/text/03_sources.ipynb #281a8e41
 def read_records(
     path,                # A file or folder; a relative path is looked for here and at home
     lang:str='all',      # Keep and tag this language; 'all' takes every record's own
     errors:str='strict', # 'strict' raises on bad bytes, bad rows, doubled ids; 'skip' leaves them out and counts them
-    report:'Counter|None'=None, # Counts what was skipped
+    report:'Counter|None'=None, # Counts what was skipped; without it the counts are told on standard error
 )->list[Record]:         # Never empty; ValueError where nothing is found
     "Every record of a file, a folder, or a folder of language folders"
-    path, tag = find(path), '' if lang == 'all' else lang
+    path, tag, told = find(path), '' if lang == 'all' else lang, report is not None
+    report = report if told else Counter()
     if path.is_file(): found = read_file(path, tag, errors, report)
     else:
         found = [r for file in files_of(path, errors) for r in read_file(file, tag, errors, report)]
@@ -105,6 +107,7 @@ def read_records(
     if not found: raise ValueError(f"{path.name} holds no texts; known forms: {', '.join(FORMS)}, one text or one JSON object a line")
     if not kept: raise ValueError(f"no text in language {lang!r}; the records are in: {', '.join(sorted({r.lang for r in found}))}")
     if untagged := [r for r in kept if not r.lang]: raise ValueError(f"{path.name} does not say its language; pass lang=, such as lang={_guess(untagged)}")
+    if report and not told: say(f"  left out of {path.name}: {', '.join(f'{n} {what}' for what, n in report.items())}")
     return kept
 
 def _unique(records, errors, report):
