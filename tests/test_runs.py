@@ -41,7 +41,7 @@ def test_kill_at_random_moments_leaves_no_half_file(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert run_status(tmp_path / 'k') in ('unfinished', 'absent')
-        for line in metrics.read_text(encoding='utf-8').split('\n')[:-1] if metrics.exists() else []: json.loads(line)
+        for line in metrics.read_bytes().split(b'\n')[:-1] if metrics.exists() else []: json.loads(line)
         for file in (tmp_path / 'k').glob('*.json'): json.loads(file.read_text(encoding='utf-8'))
         for file in (tmp_path / 'k').glob('records/*.jsonl'): assert len([json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]) == 20
         for folder in (tmp_path / 'k').glob('model'): assert {p.name: p.stat().st_size for p in folder.iterdir()} == dict(a=9000, b=9000)

@@ -78,11 +78,11 @@ def append_line(
             raise
     finally: os.close(handle)
 
-# %% ../../nbs/core/05_files.ipynb #af2c256a
+# %% ../../nbs/core/05_files.ipynb #8d19a8a0
 def read_lines(
     path:Path,  # A JSONL file written by `append_line`
 )->list[dict]:  # Every whole row; [] where the file is missing
-    "Read appended rows; a last line torn by a power cut is left out"
+    "Read appended rows; a line torn by a kill or a power cut is left out"
     rows = []
     for line in Path(path).read_text(encoding='utf-8', errors='replace').split('\n') if Path(path).exists() else []:
         try: rows.append(json.loads(line))
