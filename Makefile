@@ -35,7 +35,9 @@ readme: $(READY)
 notebooks: $(READY)
 	$(BIN)/python tools/notebooks.py build
 
+# The peers that our speed is measured against are installed for this only.
 bench: $(READY)
+	$(BIN)/python -m pip install --quiet datasketch datatrove orjson ftfy nltk indic-nlp-library "xxhash<4"
 	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
 
 hooks: $(READY)
@@ -50,7 +52,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || { echo "lab_lm needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "Python's venv module is missing; on Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,sources,web,ray]"
 	@touch $(READY)
 
 clean:

@@ -115,7 +115,7 @@ def layers(root): return nbdev_test(root, str(root / 'nbs' / 'house.ipynb'))
 
 def pytest(root):
     "Tests that fail"
-    return ['tests fail'] if subprocess.run([sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', 'tests'], cwd=root).returncode else []
+    return ['tests fail'] if subprocess.run([sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '-n', '2', '-rs', '-W', 'ignore', 'tests'], cwd=root).returncode else []
 
 
 def docs(root):

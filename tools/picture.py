@@ -6,7 +6,7 @@ matplotlib.use('agg')
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
-SHOWN = {'explore/figures/words.png': '01 · what the usual pattern leaves whole', 'explore/figures/tokenizers.png': '01 · what tokenizers cost',
+SHOWN = {'explore/figures/words.png': '01 · words left whole', 'explore/figures/tokenizers.png': '01 · what tokenizers cost',
          'mlm/figures/bits_per_byte.png': '02 · a masked model and its floors', 'qlora/figures/nf4.png': '03 · what 4 bits do to weights',
          'beir/figures/ndcg.png': '04 · search', 'probes/figures/layers.png': '05 · what the layers know'}
 

@@ -17,7 +17,7 @@ def in_notebook()->bool: # True in Jupyter and Colab
     shell = ipython.get_ipython() if ipython else None
     return shell is not None and hasattr(shell, 'kernel')
 
-# %% ../../nbs/core/03_progress.ipynb #5209e64e
+# %% ../../nbs/core/03_progress.ipynb #b72dc4a6
 def track(
     items,           # Anything iterable
     label:str='',    # What is being done, in two or three words
@@ -30,7 +30,6 @@ def track(
         return iter(tqdm(items, desc=label, total=total, leave=False))
     from rich.console import Console
     from rich.progress import track as rich_track
-    if total is None and not hasattr(items, '__len__'): items = list(items)
     return rich_track(items, description=f'  {label}', total=total, console=Console(stderr=True), transient=True)
 
 # %% ../../nbs/core/03_progress.ipynb #c552b6b6

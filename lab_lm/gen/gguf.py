@@ -13,7 +13,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../../nbs/gen/00_gguf.ipynb #54cd4cc8
+# %% ../../nbs/gen/00_gguf.ipynb #1fb35219
 def token_table(
     folder:str, # A model folder with tokenizer.json
     rows:int,   # Rows of the embedding; rows without a piece become UNUSED
@@ -25,6 +25,7 @@ def token_table(
     bpe, added = data['model'], {a['content']: a for a in data['added_tokens']}
     if bpe['type'] != 'BPE' or not bpe.get('byte_fallback'):
         raise ValueError(f"this tokenizer is a {bpe['type']} without byte fallback; known: SentencePiece BPE with byte fallback, as Gemma has")
+    if bpe.get('ignore_merges'): raise ValueError('this tokenizer looks whole words up before it merges, which llama.cpp does not do; train one of kind akshara_bpe or bpe')
     rank = {}
     for i, pair in enumerate(bpe['merges']): rank.setdefault(''.join(pair if isinstance(pair, list) else pair.split(' ')), i)
     ids = {**bpe['vocab'], **{piece: a['id'] for piece, a in added.items()}}

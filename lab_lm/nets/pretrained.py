@@ -6,11 +6,12 @@
 __all__ = ['quiet', 'load_model', 'nf4_round', 'nf4_error', 'compute_dtype', 'four_bit', 'add_lora', 'trainable_share',
            'merge_lora']
 
-# %% ../../nbs/nets/01_pretrained.ipynb #773b6e26
+# %% ../../nbs/nets/01_pretrained.ipynb #61fe5bf8
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 import torch
+from ..text.tokenize import load_error
 
 # %% ../../nbs/nets/01_pretrained.ipynb #1662447c
 @contextmanager
@@ -25,7 +26,7 @@ def quiet():
             yield
     finally: logging.enable_progress_bar() if shown else None
 
-# %% ../../nbs/nets/01_pretrained.ipynb #9fe86e38
+# %% ../../nbs/nets/01_pretrained.ipynb #6ec9fae3
 def load_model(
     name:str,             # A folder made by `save_pretrained`, or a name on the Hugging Face Hub
     kind:str='causal',    # 'causal' or 'masked'
@@ -40,16 +41,7 @@ def load_model(
         raise ValueError(f"no model folder {str(name)!r}; give a folder made by save_pretrained, or a hub name such as google/gemma-3-1b-it")
     with quiet():
         try: return classes[kind].from_pretrained(name, dtype=dtype, **options).eval(), AutoTokenizer.from_pretrained(name)
-        except OSError as error: raise _explained(str(name), error) from None
-
-def _explained(name, error):
-    "The error a person can act on, made from the chain of errors behind a failed load"
-    names, e = set(), error
-    while e is not None: names, e = names | {type(e).__name__}, e.__cause__ or e.__context__
-    if names & {'GatedRepoError', 'RepositoryNotFoundError'}:
-        return PermissionError(f"the hub does not give out {name!r}: check the name, accept its licence on its page, then run `hf auth login`")
-    if Path(name).is_dir(): return ValueError(f"{name!r} is not a whole model folder: {str(error).splitlines()[0]}")
-    return ConnectionError(f"{name!r} is not on this machine and the hub is out of reach; run `hf download {name}` once where there is a network")
+        except OSError as error: raise load_error(str(name), error) from None
 
 # %% ../../nbs/nets/01_pretrained.ipynb #d7c74581
 def nf4_round(

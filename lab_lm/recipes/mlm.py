@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'MLMConfig', 'run']
 
-# %% ../../nbs/02_mlm_training.ipynb #c518449a
+# %% ../../nbs/02_mlm_training.ipynb #02f0bed8
 from collections import Counter
 from statistics import fmean
 
@@ -13,18 +13,16 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..core.config import ChapterConfig, Share
 from ..core.files import whole_folder
-from ..core.paths import find
 from ..core.runs import Run
 from ..core.viz import bars, curves, new_axes
 from ..evals.lm import masked_eval, masked_nats, masked_rows
 from ..nets.fill import guesses, hide_word
 from ..nets.transformer import masked_lm
 from ..text.batches import masked_batches, rows
-from ..text.clean import clean
-from ..text.corpus import split_corpus
+from ..text.funnel import Steps, clean
 from ..text.sources import read_records
 from ..text.script import words
-from ..text.tokenize import train_tokenizer
+from ..text.tokenize import load_tokenizer, train_tokenizer
 from ..train.learner import fit
 
 # %% ../../nbs/02_mlm_training.ipynb #677b4a0f
@@ -41,14 +39,13 @@ class MLMConfig(ChapterConfig):
     mask:Share=0.3         # Share of tokens that is hidden in training; 0.15 in evaluation, always
     lr:PositiveFloat=4e-3          # Highest learning rate
 
-# %% ../../nbs/02_mlm_training.ipynb #f7048471
+# %% ../../nbs/02_mlm_training.ipynb #c6eb0be1
 def run(
     cfg:MLMConfig, # Settings; `MLMConfig()` is the tiny run on the samples
 )->Run:            # The finished run: model and tokenizer in `model`, scores `bits_per_byte` and `bits_per_byte/<lang>`
     "Train a masked language model from scratch and measure it on held-out text"
     skipped = Counter()
-    ledger = clean(read_records(cfg.data, cfg.lang, cfg.errors, skipped))
-    parts = split_corpus(ledger.kept, cfg.seed)
+    parts, ledger = clean(read_records(cfg.data, cfg.lang, cfg.errors, skipped), Steps(seed=cfg.seed))
     test = parts['test'] or parts['validation']
     if not parts['train'] or not test: raise ValueError(f"too few texts to train on and to measure with: {sum(map(len, parts.values()))} after cleaning; give some dozens at least")
     tokenizer = _tokenizer(cfg, parts)
@@ -58,7 +55,7 @@ def run(
         some = rows(texts, tokenizer, cfg.length)
         run.note(f'{model.num_parameters():,} weights, {len(texts):,} training texts, {sum(map(len, some)):,} tokens, {steps:,} steps of {cfg.batch_size} rows; '
                  f'{len(test)} texts held out for the test.')
-        for reason, n in (skipped + Counter(d['rule'] for d in ledger.dropped)).items(): run.note(f'{n} left out before training: {reason}.')
+        for reason, n in (skipped + ledger.lost()).items(): run.note(f'{n} left out before training: {reason}.')
         run.say(f'training {model.num_parameters():,} weights for {steps:,} steps')
         watched = masked_rows(tokenizer, [r.text for r in parts['validation'] or test][:64], seed=cfg.seed)
         held = lambda m: dict(validation=fmean(x for row in masked_nats(m, tokenizer, watched) for x in row))
@@ -69,12 +66,11 @@ def run(
         _fill(run, model, tokenizer, test)
     return run
 
-# %% ../../nbs/02_mlm_training.ipynb #0fa69f38
+# %% ../../nbs/02_mlm_training.ipynb #324c85e4
 def _tokenizer(cfg, parts):
     "The tokenizer of a folder, or one trained on the training texts"
-    if not cfg.tokenizer: return train_tokenizer([r.text for r in parts['train']], 'bpe', cfg.vocab_size)
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(find(cfg.tokenizer))
+    if not cfg.tokenizer: return train_tokenizer([r.text for r in parts['train']], 'akshara_bpe', cfg.vocab_size)
+    tokenizer = load_tokenizer(cfg.tokenizer)
     if tokenizer.mask_token_id is None: raise ValueError(f'the tokenizer in {cfg.tokenizer} has no mask token; a masked model needs one')
     return tokenizer
 
