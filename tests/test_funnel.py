@@ -98,3 +98,13 @@ def test_a_track_mixes_by_kind_and_checks_every_text(tmp_path, monkeypatch):
     leaked = next(iter(read_records(done.path / 'export' / 'corpus' / 'test.jsonl'))).text
     (tmp_path / 'exam.jsonl').write_text(to_jsonl([Record('q', leaked, 'exam', 'hi')]), encoding='utf-8')
     with pytest.raises(ValueError, match='exam'): run(ExploreConfig(name='u', data=str(tmp_path / 'mixed.jsonl'), lang='hi', track='1M', against=str(tmp_path / 'exam.jsonl')))
+
+
+def test_a_list_of_sources_is_read_and_a_failing_one_is_told(tmp_path, monkeypatch):
+    from lab_lm.recipes.explore import ExploreConfig, run
+    monkeypatch.setenv('LAB_LM_MODELS', str(tmp_path / 'models'))
+    monkeypatch.setattr('lab_lm.text.gather.data_dir', lambda: tmp_path / 'data')
+    (tmp_path / 's.yaml').write_text('sources:\n- {name: good, kind: files, lang: ta, path: data/samples/ta}\n- {name: bad, kind: files, lang: ta, path: nowhere}\n')
+    done = run(ExploreConfig(name='t', data=str(tmp_path / 's.yaml'), lang='ta', vocab_size=1500))
+    assert any('source bad' in str(row) and 'nowhere' in str(row) for row in done.story)
+    assert len(read_records(done.path / 'export' / 'corpus')) == len(read_records('data/samples', lang='ta'))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'ExploreConfig', 'run']
 
-# %% ../../nbs/01_setup_exploration.ipynb #e0f5dca4
+# %% ../../nbs/01_setup_exploration.ipynb #f61af1a4
 import os
 import tempfile
 from collections import Counter
@@ -17,6 +17,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from ..core.config import ChapterConfig, Share
 from ..core.files import whole_folder
+from ..core.paths import find
 from ..core.runs import Run, Score
 from ..core.viz import bars, boxes, curves, hist, new_axes
 from ..evals.bm25 import broken_words
@@ -26,6 +27,7 @@ from ..text.card import About, card_figure, export
 from ..text.fertility import compare
 from ..text.corpus import SPLITS
 from ..text.funnel import Steps, funnel
+from ..text.gather import gather
 from ..text.leaks import evaluation_texts, held_out
 from ..text.ledger import ledger_figure
 from ..text.mixing import kind_of, track
@@ -48,14 +50,14 @@ class ExploreConfig(ChapterConfig):
     track:Literal['', '1M', '10M', '100M']='' # Words to train on, mixed from the kinds of source by the shares of a preset; empty takes every text
     workers:NonNegativeInt=0       # Processes that clean; 0 takes one for each processor core
 
-# %% ../../nbs/01_setup_exploration.ipynb #f8ae0bed
+# %% ../../nbs/01_setup_exploration.ipynb #53907491
 def run(
     cfg:ExploreConfig, # Settings; `ExploreConfig()` reads the samples
 )->Run:                # The finished run: corpus in `export/corpus`, tokenizer in `model`, scores `tokens_per_word…` and `words_kept…`
     "Read, clean, split and count a corpus, train tokenizers and compare them"
     with tempfile.TemporaryDirectory() as scratch:
         skipped, guard = Counter(), _guard(cfg)
-        records = iter_records(cfg.data, cfg.lang, cfg.errors, skipped)
+        records = _read(cfg, skipped)
         steps = Steps(threshold=cfg.duplicate, seed=cfg.seed, guard=guard, leaks=cfg.leaks, shares=(1, 0, 0) if cfg.track else (.8, .1, .1)) # A track divides the texts itself
         ledger = funnel(records, Path(scratch) / 'corpus', steps, cfg.workers or os.cpu_count())
         if not ledger.total('kept'): raise ValueError(f"no text is left after cleaning; most were dropped as {max(ledger.counts.items(), key=lambda c: c[1])[0][1]!r}")
@@ -70,7 +72,14 @@ def run(
             _compare(run, cfg, parts)
     return run
 
-# %% ../../nbs/01_setup_exploration.ipynb #3726589a
+# %% ../../nbs/01_setup_exploration.ipynb #b12a5edd
+def _read(cfg, skipped):
+    "The records of files, or of all the sources that a YAML file lists"
+    if Path(cfg.data).suffix not in ('.yaml', '.yml'): return iter_records(cfg.data, cfg.lang, cfg.errors, skipped)
+    found = gather(find(cfg.data))
+    skipped.update(f'source {name}: {why}' for name, why in found.failed.items())
+    return (r for r in found.records() if cfg.lang in ('all', r.lang))
+
 def _guard(cfg):
     "The evaluation sets of the configuration, ready to be looked for"
     paths = [p.strip() for p in cfg.against.split(',') if p.strip()]

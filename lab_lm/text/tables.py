@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['KNOWN', 'text_column_of', 'read_table', 'row_record', 'read_parquet']
 
-# %% ../../nbs/text/04_tables.ipynb #b754a21f
+# %% ../../nbs/text/04_tables.ipynb #c5867dc4
 import csv
 from collections import Counter
 from pathlib import Path
 
-from .corpus import to_record
+from .corpus import Record, to_record
 from .streams import Bounds, read_text_lines, refuse
 
 # %% ../../nbs/text/04_tables.ipynb #e6719541

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RETRY', 'STORY_LANGUAGES', 'main_text', 'visible_text', 'pages', 'stories', 'category_titles', 'category_pages']
 
-# %% ../../nbs/text/15_web.ipynb #6db4779e
+# %% ../../nbs/text/15_web.ipynb #9c0fd1e3
 import hashlib
 import html
 import json
@@ -15,6 +15,7 @@ import sys
 from collections import Counter, deque
 from dataclasses import asdict
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from ..core.files import append_line, read_lines
