@@ -63,7 +63,9 @@ class Site:
 
 @pytest.fixture
 def site():
-    try: one = Site().start()
+    try:
+        one = Site().start()
+        socket.create_connection(one.server.server_address, timeout=5).close()
     except OSError as e: pytest.skip(f'this machine has no loopback network: {e}')
     yield one
     one.server.shutdown()

@@ -217,7 +217,7 @@ def changed(
     a, b = Counter(before), Counter(after)
     return max((a - b).total(), (b - a).total(), int(before != after))
 
-# %% ../../nbs/text/01_normalise.ipynb #33c9183a
+# %% ../../nbs/text/01_normalise.ipynb #fccf51e2
 def normalise(
     text:str,          # Raw text
     lang:str='en',     # Which profile
@@ -226,13 +226,16 @@ def normalise(
     report:'Changes|Counter|None'=None, # Told what each rule changed, if given; a Counter gets characters only
 )->str:                # Normalising it again changes nothing
     "Clean a text by its language's rules"
-    for name, run, needed in _plan(lang, tuple(without), tuple(also)):
-        if needed and not needed(text): continue
-        after = run(text)
-        if after == text: continue
-        if isinstance(report, Changes): report.note(name, changed(text, after))
-        elif report is not None: report[name] += changed(text, after)
-        text = after
+    for _ in range(8 if also else 1): # What a folding rule brings together, an earlier rule may join
+        before = text
+        for name, run, needed in _plan(lang, tuple(without), tuple(also)):
+            if needed and not needed(text): continue
+            after = run(text)
+            if after == text: continue
+            if isinstance(report, Changes): report.note(name, changed(text, after))
+            elif report is not None: report[name] += changed(text, after)
+            text = after
+        if text == before: break
     return text
 
 # %% ../../nbs/text/01_normalise.ipynb #5d30569d
