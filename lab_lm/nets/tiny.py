@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['GEMMA_CHAT', 'GEMMA_SPECIALS', 'tiny_gemma_tokenizer', 'tiny_gemma', 'one_thread', 'save_tiny_gemma']
 
-# %% ../../nbs/nets/09_tiny.ipynb #e76468f0
+# %% ../../nbs/nets/09_tiny.ipynb #1059eac0
 import json
 from contextlib import contextmanager
 from pathlib import Path
 from ..core.seed import seeded
+from ..text.tokenize import all_merges
 from .pretrained import quiet
 
 # %% ../../nbs/nets/09_tiny.ipynb #4777a0f1
@@ -25,7 +26,7 @@ GEMMA_CHAT = """\
 {% endfor %}\
 {% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
 
-# %% ../../nbs/nets/09_tiny.ipynb #c4b8adcc
+# %% ../../nbs/nets/09_tiny.ipynb #1d3c79bc
 GEMMA_SPECIALS = ('<pad>', '<eos>', '<bos>', '<unk>', '<mask>', '<start_of_turn>', '<end_of_turn>')
 
 def _pieces(texts, vocab_size):
@@ -40,11 +41,7 @@ def _pieces(texts, vocab_size):
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=first, limit_alphabet=vocab_size // 4, show_progress=False))
     learned = json.loads(bpe.to_str())['model']
-    ids, merges = learned['vocab'], []
-    for piece in dict.fromkeys(left + right for left, right in learned['merges']):
-        ways = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in ids and piece[i:] in ids]
-        merges += sorted(ways, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-    return ids, merges
+    return learned['vocab'], all_merges(learned['vocab'], list(dict.fromkeys(left + right for left, right in learned['merges'])))
 
 # %% ../../nbs/nets/09_tiny.ipynb #2b8a208c
 def tiny_gemma_tokenizer(
