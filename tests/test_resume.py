@@ -1,0 +1,91 @@
+"""Exact resume: a run that is killed at random moments ends with the same weights and the same metrics, to the last bit"""
+import hashlib
+import multiprocessing
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lab_lm.core.seed import seeded
+from lab_lm.nets.transformer import NetConfig, Transformer
+from lab_lm.text.rows import PackedRows
+from lab_lm.train.checkpoint import checkpoints
+from lab_lm.train.curriculum import Performance
+from lab_lm.train.feed import Feed
+from lab_lm.train.guards import GuardConfig, guards
+from lab_lm.train.learner import Learner, Training
+from lab_lm.train.objectives import Causal, Hybrid, Masked
+from lab_lm.train.schedules import Schedule
+
+STEPS = 40
+
+
+class Specials:
+    "As much of a tokenizer as an objective asks for"
+    mask_token_id, pad_token_id, all_special_ids = 4, 0, [0, 1, 2, 3, 4]
+    def __len__(self): return 60
+
+
+def learner(folder, workers, steps=STEPS):
+    "Dropout, accumulation, a hybrid objective, a curriculum that learns, a plateau, guards: everything that could go astray"
+    rng = np.random.default_rng(5)
+    lengths = rng.integers(3, 40, 300)
+    ids = rng.integers(5, 60, lengths.sum())
+    rows = PackedRows(ids, np.concatenate([[0], np.cumsum(lengths)]), 32)
+    feed = Feed(rows, Hybrid(Masked(Specials(), .3), .5), batch=8, seed=3, pacing=Performance(), steps=steps)
+    with seeded(1): model = Transformer(NetConfig(vocab_size=60, width=32, layers=2, heads=2, hidden=64, mode='hybrid', dropout=.2, max_length=64))
+    held = feed.step(10**6)
+    training = Training(steps=steps, lr=3e-3, optimizer='muon', accumulate=2, evaluate_every=4, save_every=5, metric='held', workers=workers,
+                        schedule=Schedule(name='plateau', patience=0))
+    return Learner(model, feed, training, folder, lambda m: dict(held=float(m(**held).loss)), guards(GuardConfig()))
+
+
+def train(folder, workers):
+    torch.set_num_threads(1)
+    learner(folder, workers).fit()
+
+
+def ends(folder):
+    "SHA-256 of the last checkpoint's weights and optimiser, and of the metrics"
+    last = checkpoints(folder / 'checkpoints')[-1]
+    assert last.name == f'step-{STEPS:08d}'
+    return [hashlib.sha256(p.read_bytes()).hexdigest() for p in (last / 'weights.safetensors', last / 'optimizer.safetensors', folder / 'metrics.jsonl')]
+
+
+def start(folder, workers):
+    child = multiprocessing.get_context('fork').Process(target=train, args=(folder, workers), daemon=False)
+    child.start()
+    return child
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    "What an undisturbed run gives, and how long it takes"
+    folder, began = tmp_path_factory.mktemp('straight'), time.time()
+    folder.mkdir(exist_ok=True)
+    child = start(folder, 0)
+    child.join()
+    assert child.exitcode == 0
+    return ends(folder), time.time() - began
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_ten_runs_killed_at_random_moments(straight, tmp_path, workers):
+    expected, seconds = straight
+    kills = 0
+    for trial in range(10):
+        folder = tmp_path / str(trial)
+        folder.mkdir()
+        rng = random.Random()
+        for _ in range(20):
+            child = start(folder, workers)
+            child.join(rng.uniform(.05, 1.) * seconds if kills <= trial else 120)
+            if child.exitcode is None: child.kill(); child.join(); kills += 1; assert child.exitcode == -signal.SIGKILL
+            elif child.exitcode == 0: break
+            else: pytest.fail(f'the run ended with {child.exitcode}')
+        assert ends(folder) == expected
+    assert kills >= 10
