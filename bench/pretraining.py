@@ -15,7 +15,6 @@ Every side runs in a process of its own, so that memory and allocator are its ow
 """
 import argparse
 import json
-import math
 import os
 import resource
 import statistics
@@ -27,14 +26,15 @@ import zlib
 from collections import deque
 from pathlib import Path
 
-LENGTH, VOCAB, SHAPE = 128, 16_000, dict(layers=6, width=384, heads=6)
+SMALL = '--small'
+LENGTH, VOCAB, SHAPE = (128, 1000, dict(layers=2, width=64, heads=2)) if SMALL in sys.argv else (128, 16_000, dict(layers=6, width=384, heads=6))
 TUNABLES = 'glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1'
 CACHE = Path(tempfile.gettempdir()) / 'lab_lm_bench'
 DEFAULT = dict(kind='trainer', lr=5e-5, batch=8, dropout=.1, warmup=0., grouped=False, tuned=False)
 WELL_SET = dict(kind='trainer', lr=1e-3, batch=16, dropout=0., warmup=.1, grouped=True, tuned=True)
 SIDES = {'Trainer, run_mlm.py (blocks)': DEFAULT | dict(mode='blocks'), 'Trainer, run_mlm.py --line_by_line': DEFAULT | dict(mode='lines'),
          'Trainer, well set (blocks)': WELL_SET | dict(mode='blocks'), 'Trainer, well set (grouped by length)': WELL_SET | dict(mode='lines'),
-         'lab_lm': dict(kind='ours', lr=3e-3, batch=16, mask=.3, tuned=True)}
+         'lab_lm': dict(kind='ours', optimizer='muon', lr=3e-3, batch=16, mask=.3, warmup=.1, tuned=True)}
 
 
 # ---- the same for everybody: texts, tokenizer, evaluation
@@ -44,7 +44,7 @@ def texts():
     from lab_lm.core.paths import shared_data
     from lab_lm.text.sources import read_records
     from lab_lm.text.streams import read_text_lines
-    file = shared_data('text/wiki_hi.txt.gz')
+    file = None if SMALL in sys.argv else shared_data('text/wiki_hi.txt.gz')
     every = [text for _, text in read_text_lines(file) if text.strip()] if file else [r.text for r in read_records('data/samples', 'hi')]
     held = lambda text: zlib.crc32(text.encode()) % 20 == 0
     return [t for t in every if not held(t)], [t for t in every if held(t)]
@@ -138,32 +138,29 @@ def trainer(side, train, tokenizer, steps, gate):
 
 
 def ours(side, train, tokenizer, steps, gate):
-    "lab_lm: packed rows, a head only where something is hidden, Muon"
+    "lab_lm: packed rows, a head only where something is hidden, and the optimiser that `side` names; this is the one place that says how"
     import torch
     from lab_lm.nets.transformer import NATIVE, NetConfig, Transformer
     from lab_lm.text.batches import read_stream, write_stream
-    from lab_lm.text.masking import entries, masked
     from lab_lm.text.rows import PackedRows, tokens_of
     from lab_lm.train.feed import Feed
-    from lab_lm.train.optim import make_optimizer
+    from lab_lm.train.learner import Learner
+    from lab_lm.train.objectives import Masked
     from lab_lm.train.schedules import Schedule
+    from lab_lm.train.training import Training
+
+    class Stretches:
+        def begin(self, learner): gate.start()
+        def stepped(self, learner, facts):
+            if gate.step(facts['tokens'], learner.model): learner.stop('enough')
     torch.manual_seed(side.get('seed', 0))
-    known = entries(tokenizer, words=False)
-    model = Transformer(NetConfig(vocab_size=len(tokenizer), mode='masked', positions='rotary', max_length=LENGTH, pad_id=tokenizer.pad_token_id, **SHAPE, **NATIVE['masked']))
-    folder = CACHE / f'stream-{os.getpid()}'
-    rows = PackedRows(*read_stream(write_stream(tokens_of(train, tokenizer), folder, len(tokenizer))), LENGTH)
-    feed = Feed(rows, lambda batch, step, generator: masked(batch, known, side['mask'], generator=generator, multiple=64), side['batch'], seed=side.get('seed', 0), steps=steps)
-    optimizer, schedule = make_optimizer('muon', model, side['lr'], weight_decay=.1), Schedule(name='linear', warmup=.1)
-    gate.start()
-    model.train()
-    for k in range(steps):
-        batch = feed.step(k)
-        for group in optimizer.param_groups: group['lr'] = group['base'] * schedule.at(k, steps)
-        model(**batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        optimizer.step()
-        optimizer.zero_grad()
-        if gate.step(int((batch['texts'] > 0).sum()), model): break
+    shape = dict(vocab_size=len(tokenizer), mode='masked', max_length=LENGTH, pad_id=tokenizer.pad_token_id, **SHAPE, **NATIVE['masked'])
+    model = Transformer(NetConfig(positions='rotary', **shape))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = PackedRows(*read_stream(write_stream(tokens_of(train, tokenizer), f'{folder}/stream', len(tokenizer))), LENGTH)
+        feed = Feed(rows, Masked(tokenizer, side['mask'], multiple=64), side['batch'], seed=side.get('seed', 0))
+        training = Training(steps=steps, lr=side['lr'], optimizer=side['optimizer'], weight_decay=.1, schedule=Schedule(name='linear', warmup=side['warmup']), seed=side.get('seed', 0))
+        Learner(model, feed, training, callbacks=[Stretches()]).fit()
     return model
 
 
@@ -217,6 +214,11 @@ def whole_run(act, side, train, tokenizer, judge, tell):
     tell(seen=seen)
 
 
+def command(what, value, threads):
+    "The words that start a child"
+    return [sys.executable, __file__, what, json.dumps(value), '--threads', str(threads), *([SMALL] if SMALL in sys.argv else [])]
+
+
 class Side:
     "A side's process, as the parent sees it"
     def __init__(self, side, task, threads):
@@ -224,8 +226,7 @@ class Side:
         environment.pop('GLIBC_TUNABLES', None)
         if side['tuned']: environment['GLIBC_TUNABLES'] = TUNABLES
         self.log = tempfile.TemporaryFile('w+')
-        words = [sys.executable, __file__, '--child', json.dumps(side | dict(task=task)), '--threads', str(threads)]
-        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment)
+        self.process = subprocess.Popen(command('--child', side | dict(task=task), threads), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment)
         self.hear()
 
     def hear(self):
@@ -276,14 +277,13 @@ def flops_per_token(side):
     w, layers, inner = SHAPE['width'], SHAPE['layers'], 2 * 32 * round(SHAPE['width'] * 8 / 3 / 64)
     blocks = layers * (4 * w * w + 3 * w * inner)
     attention, head = layers * 2 * LENGTH * w, side['mask'] * (VOCAB * w + w * w)
-    muon = layers * muon_flops([(w, w)] * 4 + [(w, inner)] * 3) / (side['batch'] * LENGTH)
+    muon = layers * muon_flops([(w, w)] * 4 + [(w, inner)] * 3) / (side['batch'] * LENGTH) if side['optimizer'] == 'muon' else 0
     return 6 * (blocks + attention + head) + muon
 
 
 def profile(side, threads, steps=6):
     "Where our time goes: shares of the CPU time by kind of operation, in a process of its own"
-    words = [sys.executable, __file__, '--profile', json.dumps(side | dict(steps=steps)), '--threads', str(threads)]
-    done = subprocess.run(words, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS=str(threads), GLIBC_TUNABLES=TUNABLES, IN_TEST='1'))
+    done = subprocess.run(command('--profile', side | dict(steps=steps), threads), capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS=str(threads), GLIBC_TUNABLES=TUNABLES, IN_TEST='1'))
     if done.returncode: sys.exit(done.stderr[-3000:])
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -385,11 +385,14 @@ def main():
     parser.add_argument('what', nargs='?', default='all', choices=['speed', 'time', 'all'])
     parser.add_argument('--minutes', type=float, help='speed: of all segments together (6); time: of a default peer (4), all together five times as long')
     parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument(SMALL, action='store_true', help='a toy model on the samples, to see that everything runs')
+    parser.add_argument('--ours', type=json.loads, default={}, help='what to change of our side, such as \'{"batch": 32, "lr": 0.002}\'')
     parser.add_argument('--child', type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument('--profile', type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child: return child(given.child, given.threads)
     if given.profile: return profiled(given.profile, given.threads)
+    SIDES['lab_lm'].update(given.ours)
     began = time.perf_counter()
     tokenizer_of(texts()[0], VOCAB)
     if given.what in ('speed', 'all'): speed(given.minutes or 6, given.threads)

@@ -14,9 +14,9 @@ from lab_lm.core.seed import seeded
 from lab_lm.nets.transformer import NetConfig, Transformer
 from lab_lm.text.rows import PackedRows
 from lab_lm.train.checkpoint import checkpoints
-from lab_lm.train.curriculum import Performance
+from lab_lm.train.curriculum import PerformancePacing
 from lab_lm.train.feed import Feed
-from lab_lm.train.guards import GuardConfig, guards
+from lab_lm.train.guards import GuardConfig, Guards
 from lab_lm.train.learner import Learner, Training
 from lab_lm.train.objectives import Causal, Hybrid, Masked
 from lab_lm.train.schedules import Schedule
@@ -36,12 +36,12 @@ def learner(folder, workers, steps=STEPS):
     lengths = rng.integers(3, 40, 300)
     ids = rng.integers(5, 60, lengths.sum())
     rows = PackedRows(ids, np.concatenate([[0], np.cumsum(lengths)]), 32)
-    feed = Feed(rows, Hybrid(Masked(Specials(), .3), .5), batch=8, seed=3, pacing=Performance(), steps=steps)
+    feed = Feed(rows, Hybrid(Masked(Specials(), .3), .5), batch=8, seed=3, pacing=PerformancePacing(), steps=steps)
     with seeded(1): model = Transformer(NetConfig(vocab_size=60, width=32, layers=2, heads=2, hidden=64, mode='hybrid', dropout=.2, max_length=64))
     held = feed.step(10**6)
     training = Training(steps=steps, lr=3e-3, optimizer='muon', accumulate=2, evaluate_every=4, save_every=5, metric='held', workers=workers,
                         schedule=Schedule(name='plateau', patience=0))
-    return Learner(model, feed, training, folder, lambda m: dict(held=float(m(**held).loss)), guards(GuardConfig()))
+    return Learner(model, feed, training, folder, lambda m: dict(held=float(m(**held).loss)), [Guards(GuardConfig(after=5, every=3, window=10))])
 
 
 def train(folder, workers):

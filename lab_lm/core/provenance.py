@@ -21,7 +21,7 @@ SECRET_NAME = re.compile(r'KEY|TOKEN|SECRET|PASS|PWD|CRED|AUTH|COOKIE|SESSION|PR
 SECRET_VALUE = re.compile(r'\b(?:hf|gh[pousr]|github_pat|glpat|xox[abpr]|sk|pk|rk|AKIA|AIza|ya29|wandb)[-_]?[A-Za-z0-9_\-]{16,}|'
                           r'-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----|://[^/\s:@]+:[^/\s@]+@', re.S)
 
-# %% ../../nbs/core/04_provenance.ipynb #ef2d70c2
+# %% ../../nbs/core/04_provenance.ipynb #65f805e1
 def scrub(
     text:str,              # Anything that will be written to disk
     env:'dict|None'=None,  # Environment whose secret values are looked for; `os.environ` when not given
@@ -29,7 +29,7 @@ def scrub(
     "Replace whatever looks like a secret"
     env = os.environ if env is None else env
     text = SECRET_VALUE.sub('<left out>', text)
-    text = re.sub(r'(?i)((?:[a-z_\-]*(?:token|secret|password|passwd|api_?key)[a-z_\-]*)["\']?\s*[=:]\s*["\']?)[^\s"\',;]{4,}', r'\1<left out>', text)
+    text = re.sub(r'(?i)((?:[a-z_\-]*(?:token|secret|password|passwd|api_?key)(?![a-z])(?:[_\-][a-z_\-]*)?)["\']?\s*[=:]\s*["\']?)[^\s"\',;]{4,}', r'\1<left out>', text)
     for name, value in env.items():
         if SECRET_NAME.search(name) and len(value) >= 8 and '/' not in value[:1]: text = text.replace(value, '<left out>')
     return text

@@ -73,7 +73,24 @@ def windows(
         first = start + length
     return out
 
-# %% ../../nbs/evals/02_causal.ipynb #b98fe9a6
+# %% ../../nbs/evals/02_causal.ipynb #f95cd35c
+def _check_length(model, max_length):
+    "ValueError when a window is longer than the model's positions"
+    most = getattr(getattr(model, 'config', None), 'max_position_embeddings', None) or max_length
+    if max_length > most: raise ValueError(f'the model has {most} positions, a window {max_length} tokens; give max_length={most} or less')
+
+def _logits(model, tokenizer, ids, jobs, batch_size):
+    "The logits of windows, batch by batch, the model in evaluation mode"
+    device, was = next((p.device for p in model.parameters()), torch.device('cpu')), model.training
+    model.eval()
+    with torch.inference_mode():
+        for k in track(range(0, len(jobs), batch_size), 'scoring'):
+            batch = jobs[k:k + batch_size]
+            inputs = pad_rows([ids[i][start:stop].tolist() for i, start, stop, _ in batch], tokenizer.pad_token_id or 0)
+            yield batch, model(**{name: t.to(device) for name, t in inputs.items()}).logits
+    model.train(was)
+
+# %% ../../nbs/evals/02_causal.ipynb #b7876a9c
 def causal_nats(
     model,                      # Gives logits [rows, width, vocabulary], those at place i for token i + 1
     tokenizer,
@@ -95,22 +112,6 @@ def causal_nats(
             nats[i][first - shift:stop - shift] = -logp.gather(1, target[:, None])[:, 0].cpu().numpy()
             right[i][first - shift:stop - shift] = (logp.argmax(-1) == target).cpu().numpy()
     return nats, right
-
-def _check_length(model, max_length):
-    "ValueError when a window is longer than the model's positions"
-    most = getattr(getattr(model, 'config', None), 'max_position_embeddings', None) or max_length
-    if max_length > most: raise ValueError(f'the model has {most} positions, a window {max_length} tokens; give max_length={most} or less')
-
-def _logits(model, tokenizer, ids, jobs, batch_size):
-    "The logits of windows, batch by batch, the model in evaluation mode"
-    device, was = next((p.device for p in model.parameters()), torch.device('cpu')), model.training
-    model.eval()
-    with torch.inference_mode():
-        for k in track(range(0, len(jobs), batch_size), 'scoring'):
-            batch = jobs[k:k + batch_size]
-            inputs = pad_rows([ids[i][start:stop].tolist() for i, start, stop, _ in batch], tokenizer.pad_token_id or 0)
-            yield batch, model(**{name: t.to(device) for name, t in inputs.items()}).logits
-    model.train(was)
 
 # %% ../../nbs/evals/02_causal.ipynb #94c315f0
 class _Mode(torch.nn.Module):
@@ -179,7 +180,25 @@ def floor_costs(
     guess = frequent[0][0] if frequent else -1
     return {name: ([-f.logprob(r.ids) for r in rows], [r.ids == guess for r in rows]) for name, f in floors.items()}
 
-# %% ../../nbs/evals/02_causal.ipynb #e77146e1
+# %% ../../nbs/evals/02_causal.ipynb #0bbbd1c8
+def _protocol(tokenizer, rows, max_length, stride):
+    "How the scores were made"
+    tokens, begin = sum(len(r.ids) for r in rows), begin_token(tokenizer)
+    unknown = sum((r.ids == tokenizer.unk_token_id).sum() for r in rows) / tokens
+    before = f'after {tokenizer.convert_ids_to_tokens(begin)}' if begin is not None else 'their first tokens not scored for want of a begin token'
+    return (f'{tokens} tokens of {len(rows)} texts, {before}; windows of {max_length}, from the second on at least {max_length - stride} tokens of context; '
+            f'{unknown:.1%} unknown tokens and all special tokens not scored; UTF-8 bytes of the texts')
+
+def _by_group(sums, floors, names, seed, protocol):
+    "The scores of each group, with its name behind a stroke"
+    names, out = np.array(names), {}
+    for name in dict.fromkeys(names.tolist()):
+        inside = names == name
+        scores = causal_scores(sums[inside], {k: f[inside] for k, f in floors.items()}, seed, f'{protocol}; texts of {name} only')
+        out |= {f'{k}/{name}': s for k, s in scores.items()}
+    return out
+
+# %% ../../nbs/evals/02_causal.ipynb #f7559972
 def causal_eval(
     model,                      # A causal language model; a hybrid one through `in_mode(model, causal=True)`
     tokenizer,                  # Its fast tokenizer
@@ -200,17 +219,4 @@ def causal_eval(
     adds = lambda costs: np.array([text_sums(*each) for each in zip(rows, *costs)])
     sums = adds(causal_nats(model, tokenizer, rows, max_length, stride, batch_size))
     floors, protocol = {k: adds(c) for k, c in floor_costs(floor_sequences, rows, len(tokenizer)).items()}, _protocol(tokenizer, rows, max_length, stride)
-    out = causal_scores(sums, floors, seed, protocol)
-    for name in dict.fromkeys(groups[i] for i in keep) if groups else ():
-        inside = np.array([groups[i] == name for i in keep])
-        scores = causal_scores(sums[inside], {k: f[inside] for k, f in floors.items()}, seed, f'{protocol}; texts of {name} only')
-        out |= {f'{k}/{name}': s for k, s in scores.items()}
-    return out
-
-def _protocol(tokenizer, rows, max_length, stride):
-    "How the scores were made"
-    tokens, begin = sum(len(r.ids) for r in rows), begin_token(tokenizer)
-    unknown = sum((r.ids == tokenizer.unk_token_id).sum() for r in rows) / tokens
-    before = f'after {tokenizer.convert_ids_to_tokens(begin)}' if begin is not None else 'their first tokens not scored for want of a begin token'
-    return (f'{tokens} tokens of {len(rows)} texts, {before}; windows of {max_length}, from the second on at least {max_length - stride} tokens of context; '
-            f'{unknown:.1%} unknown tokens and all special tokens not scored; UTF-8 bytes of the texts')
+    return causal_scores(sums, floors, seed, protocol) | _by_group(sums, floors, [groups[i] for i in keep] if groups else [], seed, protocol)

@@ -31,7 +31,21 @@ def later_in_word(
     word = [max(of[a:b], default=-1) for a, b in spans]
     return [[j for j in range(i + 1, len(word)) if word[j] == word[i] >= 0] for i in range(len(word))]
 
-# %% ../../nbs/evals/05_pairs.ipynb #4e27c441
+# %% ../../nbs/evals/05_pairs.ipynb #94d452d8
+def _hidings(tokenizer, texts, whole_words):
+    "(text, number of the token, its place in the row, its id, the row with what is hidden), short rows first, and room for the costs"
+    if not texts: return [], []
+    enc, jobs, room = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False), [], []
+    for n, (ids, spans, special) in enumerate(zip(*(enc[k] for k in ('input_ids', 'offset_mapping', 'special_tokens_mask')))):
+        inner = [i for i, s in enumerate(special) if not s]
+        later = later_in_word(texts[n], [spans[i] for i in inner]) if whole_words else [[]] * len(inner)
+        room.append(np.zeros(len(inner)))
+        for k, i in enumerate(inner):
+            gone = {i, *(inner[j] for j in later[k])}
+            jobs.append((n, k, i, ids[i], [tokenizer.mask_token_id if j in gone else t for j, t in enumerate(ids)]))
+    return sorted(jobs, key=lambda job: len(job[-1])), room
+
+# %% ../../nbs/evals/05_pairs.ipynb #426df7d5
 def pseudo_nats(
     model,                # A masked language model
     tokenizer,            # Its fast tokenizer, with a mask token
@@ -53,19 +67,6 @@ def pseudo_nats(
             for (text, k, _, true, _), row in zip(batch, logp): out[text][k] = -row[true].item()
     model.train(was)
     return out
-
-def _hidings(tokenizer, texts, whole_words):
-    "(text, number of the token, its place in the row, its id, the row with what is hidden), short rows first, and room for the costs"
-    if not texts: return [], []
-    enc, jobs, room = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False), [], []
-    for n, (ids, spans, special) in enumerate(zip(*(enc[k] for k in ('input_ids', 'offset_mapping', 'special_tokens_mask')))):
-        inner = [i for i, s in enumerate(special) if not s]
-        later = later_in_word(texts[n], [spans[i] for i in inner]) if whole_words else [[]] * len(inner)
-        room.append(np.zeros(len(inner)))
-        for k, i in enumerate(inner):
-            gone = {i, *(inner[j] for j in later[k])}
-            jobs.append((n, k, i, ids[i], [tokenizer.mask_token_id if j in gone else t for j, t in enumerate(ids)]))
-    return sorted(jobs, key=lambda job: len(job[-1])), room
 
 # %% ../../nbs/evals/05_pairs.ipynb #f35ce76e
 KINDS = ('causal', 'masked', 'masked_word')
@@ -89,13 +90,14 @@ def pair_nats(
     cost = dict(zip(dict.fromkeys(keys), map(math.fsum, costs)))
     return np.array([cost[k] for k in keys]).reshape(-1, 2)
 
-# %% ../../nbs/evals/05_pairs.ipynb #0e4c20da
+# %% ../../nbs/evals/05_pairs.ipynb #b02a8ae2
 def pair_credit(
     nats:np.ndarray, # [pairs, 2]: cost of the good and of the bad sentence
 )->np.ndarray:       # [pairs]: 1 where the good one costs less, .5 for a tie, else 0
     "Which pairs are answered rightly"
     nats = np.asarray(nats, float).reshape(-1, 2)
-    if np.isnan(nats).any(): raise ValueError(f'{np.isnan(nats).any(1).sum()} of {len(nats)} pairs cost NaN; the model has lost its numbers, or a sentence was left out')
+    bad = np.isnan(nats).any(1).sum()
+    if bad: raise ValueError(f'{bad} of {len(nats)} pairs cost NaN; the model has lost its numbers, or a sentence was left out')
     return (1 + np.sign(nats[:, 1] - nats[:, 0])) / 2
 
 # %% ../../nbs/evals/05_pairs.ipynb #9af00662

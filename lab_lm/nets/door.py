@@ -39,7 +39,7 @@ def _inside(model):
     model = getattr(model, 'behind', model)
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
 
-# %% ../../nbs/nets/04_door.ipynb #b9b66321
+# %% ../../nbs/nets/04_door.ipynb #1ff0f46e
 OFFSET = {'roberta', 'xlm-roberta', 'xlm-roberta-xl', 'camembert', 'roberta-prelayernorm', 'data2vec-text', 'xmod'} # Positions begin at pad_token_id + 1
 
 def inputs_for(
@@ -69,7 +69,8 @@ def _reads_otherwise(kind, causal):
 
 def _moved_back(labels):
     "Labels at the token they name; ValueError where one names a token beyond the row"
-    if (labels[:, -1] != -100).any(): raise ValueError("a label at the last place of a row names a token beyond it, which transformers' causal loss cannot hold; use a Door, which can")
+    if (labels[:, -1] != -100).any():
+        raise ValueError("a label at the last place of a row names a token beyond it, which transformers' causal loss cannot hold; use a Door, which can")
     return F.pad(labels[:, :-1], (1, 0), value=-100)
 
 # %% ../../nbs/nets/04_door.ipynb #89645d63
@@ -183,7 +184,7 @@ class Door(nn.Module):
 
     def extra_repr(self): return f"{self.kind}, head {'only at labels' if self.sparse else 'as the model has it'}"
 
-# %% ../../nbs/nets/04_door.ipynb #5fa776ae
+# %% ../../nbs/nets/04_door.ipynb #8a5354d3
 def check_tokenizer(
     model,      # Ours, one of transformers', or a `Door`
     tokenizer,  # A transformers tokenizer
@@ -191,11 +192,13 @@ def check_tokenizer(
     "Check a tokenizer against a model: size, mask token, and the special tokens both of them name"
     rows = _rows_of(model)
     check_pair(tokenizer, rows)
-    if kind_of(model) != 'causal' and tokenizer.mask_token_id is None: raise ValueError("this tokenizer has no mask token, and the model learns from masks; give the tokenizer the model was trained with")
+    if kind_of(model) != 'causal' and tokenizer.mask_token_id is None:
+        raise ValueError("this tokenizer has no mask token, and the model learns from masks; give the tokenizer the model was trained with")
     config = model.config.get_text_config() if from_hub(model) else model.config
     for field in ('pad_token_id', 'bos_token_id', 'eos_token_id', 'mask_token_id'):
         mine, theirs = getattr(tokenizer, field, None), getattr(config, field, None)
-        if mine is not None and mine >= rows: raise ValueError(f"the tokenizer's {field} is {mine}, the model has {rows} rows; call model.resize_token_embeddings({len(tokenizer)})")
+        if mine is not None and mine >= rows:
+            raise ValueError(f"the tokenizer's {field} is {mine}, the model has {rows} rows; call model.resize_token_embeddings({len(tokenizer)})")
         allowed = theirs if isinstance(theirs, (list, tuple)) else [theirs]
         if mine is not None and theirs is not None and mine not in allowed:
             raise ValueError(f"the tokenizer's {field} is {mine}, the model's {theirs}; give the tokenizer the model was trained with, "
@@ -209,9 +212,9 @@ def check_length(
     most = positions_of(model)
     if most and length > most: raise ValueError(f"rows of {length} tokens are longer than the {most} positions of this model; give length={most} or less")
 
-# %% ../../nbs/nets/04_door.ipynb #7e799991
-OVERFLOWS = {'gemma2': 'Gemma 2', 'gemma3': 'Gemma 3', 'gemma4': 'Gemma 4', 'recurrent_gemma': 'RecurrentGemma', 'vaultgemma': 'VaultGemma', 't5': 'T5', 'mt5': 'mT5', 'umt5': 'UMT5',
-             'byt5': 'ByT5', 'longt5': 'LongT5', 't5gemma': 'T5Gemma', 'switch_transformers': 'Switch Transformers', 'pegasus': 'Pegasus', 'bigbird_pegasus': 'BigBird-Pegasus'}
+# %% ../../nbs/nets/04_door.ipynb #28c5c008
+OVERFLOWS = dict(gemma2='Gemma 2', gemma3='Gemma 3', gemma4='Gemma 4', recurrent_gemma='RecurrentGemma', vaultgemma='VaultGemma', t5='T5', mt5='mT5', umt5='UMT5',
+                 byt5='ByT5', longt5='LongT5', t5gemma='T5Gemma', t5gemma2='T5Gemma 2', switch_transformers='Switch Transformers', pegasus='Pegasus', bigbird_pegasus='BigBird-Pegasus')
 
 def fp16_refusal(
     model,  # Any model or `Door`

@@ -17,7 +17,7 @@ from ..core.seed import seeded
 from .pretrained import quiet
 from .transformer import NATIVE, NetConfig, Transformer
 
-# %% ../../nbs/nets/02_native.ipynb #bfab913c
+# %% ../../nbs/nets/02_native.ipynb #8c103526
 TWINS = dict(llama='LlamaForCausalLM', modernbert='ModernBertForMaskedLM', decoder='ModernBertDecoderForCausalLM') # Form to class
 
 def twin_of(
@@ -27,7 +27,8 @@ def twin_of(
     form = 'llama' if config.form == 'llama' else 'decoder' if config.mode == 'causal' else 'modernbert'
     wanted = NATIVE['causal' if form == 'llama' else 'masked'] | dict(positions='rotary') | (dict(mode='causal') if form == 'llama' else {})
     wrong = [f"{key}={value!r} (given {getattr(config, key)!r})" for key, value in wanted.items() if getattr(config, key) != value]
-    if form != 'llama' and config.kv_heads not in (0, config.heads): wrong.append(f"as many key heads as heads (given {config.kv_heads} for {config.heads})")
+    if form != 'llama' and config.kv_heads not in (0, config.heads):
+        wrong.append(f"as many key heads as heads (given {config.kv_heads} for {config.heads})")
     if wrong: return None, f"no model of transformers computes the same: {TWINS[form]} would need {', '.join(wrong)}"
     return form, f"{TWINS[form]} computes the same" + (f", and {TWINS['decoder']} when it reads causally" if config.mode == 'hybrid' else '')
 
@@ -60,7 +61,7 @@ def pairs(
                 (our('mlp.gate', 'mlp.up'), their('gated'), [config.inner] * 2), (our('mlp.down'), their('down'), None)]
     return out
 
-# %% ../../nbs/nets/02_native.ipynb #7f1ea13e
+# %% ../../nbs/nets/02_native.ipynb #e55b6da6
 def translated(
     weights:dict,     # Name to tensor
     table:list,       # From `pairs`
@@ -70,16 +71,17 @@ def translated(
     out = {}
     for ours, theirs, rows in table:
         given, wanted = (theirs, ours) if back else (ours, theirs)
-        if missing := [name for name in given if name not in weights]: raise ValueError(f"the weights have no {missing[0]!r}; is the file whole, and of this model?")
+        if missing := [name for name in given if name not in weights]:
+            raise ValueError(f"the weights have no {missing[0]!r}; is the file whole, and of this model?")
         parts = [weights[name].detach() for name in given]
         if len(given) != len(wanted): parts = torch.cat(parts).split(rows) if len(wanted) > 1 else [torch.cat(parts)]
         out.update((name, part.clone().contiguous()) for name, part in zip(wanted, parts, strict=True))
     return out
 
-# %% ../../nbs/nets/02_native.ipynb #0587b785
+# %% ../../nbs/nets/02_native.ipynb #6374c9b9
 def special_ids(
     tokenizer, # Of transformers
-)->dict:       # `bos_token_id`, `eos_token_id`, `cls_token_id`, `sep_token_id`, `pad_token_id`; where the tokenizer has only one of bos/cls or eos/sep, it serves as both
+)->dict:       # `bos_token_id` and so on for bos, eos, cls, sep, pad; where it has only one of bos and cls, or of eos and sep, that serves as both
     "The ids a model's configuration repeats"
     ids = {role: getattr(tokenizer, f'{role}_token_id') for role in ('bos', 'eos', 'cls', 'sep', 'pad')}
     for one, other in (('bos', 'cls'), ('eos', 'sep')):
@@ -87,7 +89,7 @@ def special_ids(
         ids[one], ids[other] = [first if first is not None else second for first, second in (both, both[::-1])]
     return {f'{role}_token_id': i for role, i in ids.items() if i is not None}
 
-# %% ../../nbs/nets/02_native.ipynb #454433b9
+# %% ../../nbs/nets/02_native.ipynb #6caf93e0
 def twin_config(
     config:NetConfig, # A shape with a twin
     form:str,         # A key of `TWINS`
@@ -99,10 +101,11 @@ def twin_config(
     ids = dict.fromkeys(('bos_token_id', 'cls_token_id', 'sep_token_id', 'pad_token_id'), config.pad_id) | dict(eos_token_id=None) | (ids or {})
     common = dict(vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.inner, num_hidden_layers=config.layers,
                   num_attention_heads=config.heads, max_position_embeddings=config.max_length, tie_word_embeddings=config.tied,
-                  initializer_range=config.init or config.width ** -.5, lab_lm=config.model_dump())
+                  initializer_range=config.init, lab_lm=config.model_dump())
     if form == 'llama':
         ids = {role: i for role, i in ids.items() if role[:3] in ('bos', 'eos', 'pad')}
-        return transformers.LlamaConfig(num_key_value_heads=config.kv_heads or config.heads, rms_norm_eps=config.eps, rope_parameters=rope, **common, **ids)
+        kv_heads = config.kv_heads or config.heads
+        return transformers.LlamaConfig(num_key_value_heads=kv_heads, rms_norm_eps=config.eps, rope_parameters=rope, **common, **ids)
     more = dict(sparse_prediction=True) if form == 'modernbert' else {}
     return getattr(transformers, TWINS[form]).config_class(layer_types=['full_attention'] * config.layers, norm_eps=config.eps,
         rope_parameters=dict(full_attention=rope, sliding_attention=dict(rope)), **common, **ids, **more)
@@ -123,7 +126,7 @@ def to_twin(
     config = twin_config(model.config, form, ids)
     with quiet(): return getattr(transformers, TWINS[form]).from_pretrained(None, config=config, state_dict=weights, dtype=model.embed.weight.dtype)
 
-# %% ../../nbs/nets/02_native.ipynb #6fc84bd7
+# %% ../../nbs/nets/02_native.ipynb #aad5d132
 def net_config(
     config:dict, # The content of a config.json, or `to_dict()` of a configuration of transformers
 )->NetConfig:    # ValueError where the model has something ours has not
@@ -140,18 +143,22 @@ def net_config(
     wrong = [f'{key}={config.get(key)!r}' for key, value in wanted.items() if config.get(key, value) != value]
     if rope['rope_type'] != 'default': wrong.append(f"rope_type={rope['rope_type']!r}")
     if wrong: raise ValueError(f"our transformer has nothing like {', '.join(wrong)}; keep this model in transformers")
-    mode = 'masked' if form == 'modernbert' else 'causal'
-    return NetConfig(vocab_size=config['vocab_size'], width=config['hidden_size'], layers=config['num_hidden_layers'], heads=config['num_attention_heads'],
-        kv_heads=config.get('num_key_value_heads', 0), hidden=config['intermediate_size'], mode=mode, tied=config.get('tie_word_embeddings', form != 'llama'), rope_theta=rope['rope_theta'],
-        max_length=config['max_position_embeddings'], eps=config.get('rms_norm_eps', config.get('norm_eps')), pad_id=config.get('pad_token_id') or 0,
-        **NATIVE['causal' if form == 'llama' else 'masked'])
+    return NetConfig(
+        vocab_size=config['vocab_size'], width=config['hidden_size'], layers=config['num_hidden_layers'], heads=config['num_attention_heads'],
+        kv_heads=config.get('num_key_value_heads', 0), hidden=config['intermediate_size'], mode='masked' if form == 'modernbert' else 'causal',
+        tied=config.get('tie_word_embeddings', form != 'llama'), rope_theta=rope['rope_theta'], max_length=config['max_position_embeddings'],
+        eps=config['rms_norm_eps' if form == 'llama' else 'norm_eps'], pad_id=config.get('pad_token_id') or 0, **NATIVE['causal' if form == 'llama' else 'masked'])
 
-# %% ../../nbs/nets/02_native.ipynb #b0e936f4
+# %% ../../nbs/nets/02_native.ipynb #2f90cd06
 def _ours(config, weights, form):
     "A `Transformer` with these weights, in evaluation mode"
     net = net_config(config)
     with torch.device('meta'): model = Transformer(net)
     if form: weights = translated(weights, pairs(net, form), back=True)
+    for name, wanted in model.state_dict().items():
+        if name not in weights: raise ValueError(f"the weights have no {name!r}; is the file whole, and of this model?")
+        if weights[name].shape != wanted.shape:
+            raise ValueError(f"{name!r} is of another shape: {tuple(weights[name].shape)} in the file, {tuple(wanted.shape)} in the configuration")
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
@@ -164,7 +171,7 @@ def from_twin(
     if name not in forms: raise ValueError(f"cannot read architecture {name}; known: {', '.join(forms)}")
     return _ours(twin.config.to_dict() | dict(architectures=[name]), twin.state_dict(), forms[name])
 
-# %% ../../nbs/nets/02_native.ipynb #51fe02a2
+# %% ../../nbs/nets/02_native.ipynb #86f5a11d
 def save(
     model:Transformer, # Any shape
     folder,            # The folder to make or replace; it appears whole or not at all
@@ -182,7 +189,8 @@ def save(
         if tokenizer is not None: [tokenizer.save_pretrained(where) for where in twins or [part]]
     if not form: return f'saved in our own form, for lab_lm.nets.native.load: {reason}'
     auto = 'AutoModelForMaskedLM' if form == 'modernbert' else 'AutoModelForCausalLM'
-    return f'{auto}.from_pretrained loads it as {TWINS[form]}' + (f"; its folder causal, AutoModelForCausalLM, as {TWINS['decoder']}" if model.config.mode == 'hybrid' else '')
+    second = f"; its folder 'causal' loads as {TWINS['decoder']}, which reads causally" if model.config.mode == 'hybrid' else ''
+    return f'{auto}.from_pretrained loads it as {TWINS[form]}{second}'
 
 def _save_own(model, folder):
     "Weights and configuration of a shape no one else knows"
@@ -190,7 +198,7 @@ def _save_own(model, folder):
     save_file({name: weight.contiguous() for name, weight in model.state_dict().items()}, folder / 'model.safetensors', metadata=dict(format='pt'))
     write_json(folder / 'config.json', dict(architectures=['LabLMTransformer'], model_type='lab_lm', lab_lm=model.config.model_dump()))
 
-# %% ../../nbs/nets/02_native.ipynb #fdce553b
+# %% ../../nbs/nets/02_native.ipynb #5e250a9d
 def load(
     folder, # Made by `save`, or a Llama or ModernBERT of the right kind
 )->Transformer: # In evaluation mode; ValueError where the folder holds no model, or not the whole of one
@@ -199,14 +207,16 @@ def load(
     from safetensors.torch import load_file
     folder = Path(folder)
     files = sorted(folder.glob('*.safetensors'))
-    if not (folder / 'config.json').is_file() or not files: raise ValueError(f"no model in {str(folder)!r}; give a folder made by save, with config.json and *.safetensors")
+    if not (folder / 'config.json').is_file() or not files:
+        raise ValueError(f"no model in {str(folder)!r}; give a folder made by save, with config.json and *.safetensors")
     config, weights = json.loads((folder / 'config.json').read_text(encoding='utf-8')), {}
     for file in files:
         try: weights |= load_file(file)
-        except SafetensorError as error: raise ValueError(f"{file.name} is not a whole safetensors file: {error}; save the model again or take an older checkpoint") from None
+        except SafetensorError as error:
+            raise ValueError(f"{file.name} is not a whole safetensors file: {error}; save the model again or take an older checkpoint") from None
     return _ours(config, weights, {name: form for form, name in TWINS.items()}.get(config['architectures'][0]))
 
-# %% ../../nbs/nets/02_native.ipynb #44cb783a
+# %% ../../nbs/nets/02_native.ipynb #93641510
 SHAPES = dict(tiny=dict(layers=2, width=128, heads=4), small=dict(layers=6, width=384, heads=6), base=dict(layers=12, width=768, heads=12))
 
 def masked_lm(
@@ -218,7 +228,8 @@ def masked_lm(
 ):                     # A `ModernBertForMaskedLM` in float32, ready for training
     "A masked language model of transformers with random weights"
     if size not in SHAPES: raise ValueError(f"unknown size {size!r}; known: {', '.join(SHAPES)}")
-    hidden = SHAPES[size]['width'] * 3 // 2
-    config = NetConfig(vocab_size=vocab_size, mode='masked', hidden=hidden, pad_id=pad_id, max_length=max_length, **SHAPES[size], **NATIVE['masked'])
+    width = SHAPES[size]['width']
+    config = NetConfig(vocab_size=vocab_size, mode='masked', hidden=width * 3 // 2, init=width ** -.5, pad_id=pad_id, max_length=max_length,
+                       **SHAPES[size], **NATIVE['masked'])
     with seeded(seed): model = Transformer(config)
     return to_twin(model, ids=dict(bos_token_id=2, cls_token_id=2, eos_token_id=3, sep_token_id=3)).train()

@@ -126,14 +126,14 @@ def write_stream(
         np.save(part / 'bounds.npy', np.array(bounds, np.int64), allow_pickle=False)
     return Path(folder)
 
-# %% ../../nbs/text/12_batches.ipynb #219afcd0
+# %% ../../nbs/text/12_batches.ipynb #f87e92e6
 def read_stream(
     folder,        # Made by `write_stream`
 )->tuple:          # Ids, mapped from the disk, and the bounds of the texts in them
     "A stream of token ids from the disk"
     paths = [Path(folder) / name for name in ('ids.npy', 'bounds.npy')]
     if missing := [p.name for p in paths if not p.is_file()]: raise ValueError(f"{Path(folder).name} holds no {missing[0]}; write it with write_stream")
-    bounds = np.load(paths[1], allow_pickle=False)
+    bounds = np.load(paths[1], mmap_mode='r', allow_pickle=False)
     empty = not bounds[-1] # A file without data cannot be mapped
     return np.load(paths[0], mmap_mode=None if empty else 'r', allow_pickle=False), bounds
 

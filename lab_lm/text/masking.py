@@ -54,7 +54,7 @@ def joined(
     before = np.searchsorted(start, seams) # How many words start before the seam; only the last of them can still run
     return torch.from_numpy(np.concatenate([[0], end])[before] > seams).reshape(ids.shape)
 
-# %% ../../nbs/text/13_masking.ipynb #10455201
+# %% ../../nbs/text/13_masking.ipynb #132ec0dd
 @dataclass(frozen=True)
 class Entries:
     "What masking has to know of a vocabulary"
@@ -62,9 +62,11 @@ class Entries:
     special:torch.Tensor   # Which entries are special, bool [entries]
     spelled:tuple = ()     # From `spellings`; empty where words are not asked for
 
-    def __repr__(self): # Short, and another one for another vocabulary: it becomes part of what a run is recognised by
-        return f"Entries({len(self.special)}, mask_id={self.mask_id}, crc32={zlib.crc32(self.special.numpy().tobytes() + b''.join(self.spelled)):08x})"
+    def __repr__(self): # Short, and another one for another vocabulary: a run is recognised by it
+        mark = zlib.crc32(self.special.numpy().tobytes() + b'\0'.join(self.spelled))
+        return f"Entries({len(self.special)}, mask_id={self.mask_id}, crc32={mark:08x})"
 
+# %% ../../nbs/text/13_masking.ipynb #f1dc61e5
 def entries(
     tokenizer,        # A transformers tokenizer with a mask token; a fast one for words
     words:bool=True,  # Also what each entry spells
@@ -92,7 +94,7 @@ def units_of(
     else: raise ValueError("these entries do not know what they spell; make them with entries(tokenizer)")
     return torch.where(here, start.flatten().cumsum(0).view(ids.shape) - 1, -1)
 
-# %% ../../nbs/text/13_masking.ipynb #26559823
+# %% ../../nbs/text/13_masking.ipynb #41aaff38
 def span_turns(
     home,           # The text of each unit, a rising number, int64 [units]
     generator=None, # A torch generator
@@ -106,8 +108,8 @@ def span_turns(
     own, draw = torch.rand(n, generator=generator), torch.rand(n, generator=generator)
     length, turn, first = 1 + torch.searchsorted(cdf, draw, right=True), own.clone(), torch.arange(n)
     for j in range(1, min(longest, n)):
-        reaches = (length[:-j] > j) & (home[:-j] == home[j:]) & (own[:-j] < turn[j:])
-        turn[j:], first[j:] = torch.where(reaches, own[:-j], turn[j:]), torch.where(reaches, torch.arange(n - j), first[j:])
+        reached = (length[:-j] > j) & (home[:-j] == home[j:]) & (own[:-j] < turn[j:])
+        turn[j:], first[j:] = torch.where(reached, own[:-j], turn[j:]), torch.where(reached, torch.arange(n - j), first[j:])
     return turn, first
 
 # %% ../../nbs/text/13_masking.ipynb #0c2adc87
@@ -123,7 +125,7 @@ def quota(
     there = (units >= 0).sum(1) if per == 'row' else (units >= 0).sum()[None]
     return torch.minimum(there, ((rate * there / multiple).round().long() * multiple).clamp(min=multiple))
 
-# %% ../../nbs/text/13_masking.ipynb #89ef2887
+# %% ../../nbs/text/13_masking.ipynb #cdc40c93
 def take(
     units,          # From `units_of`
     turn,           # Lower ones first, equal ones in reading order, [units]
@@ -132,10 +134,11 @@ def take(
     "Hide whole units by turns until the number is full"
     inside = units >= 0
     size = torch.bincount(units[inside], minlength=len(turn))
-    block = torch.zeros_like(size)
-    if len(number) > 1: block[units[inside]] = inside.nonzero()[:, 0]
-    order = turn.argsort(stable=True)
-    order, left, taken = order[block[order].argsort(stable=True)], number.clone(), torch.zeros(len(turn) + 1, dtype=torch.bool)
+    block, order = torch.zeros_like(size), turn.argsort(stable=True)
+    if len(number) > 1:
+        block[units[inside]] = inside.nonzero()[:, 0]
+        order = order[block[order].argsort(stable=True)]
+    left, taken = number.clone(), torch.zeros(len(turn) + 1, dtype=torch.bool)
     while len(order := order[size[order] <= left[block[order]]]):
         total, home = size[order].cumsum(0), block[order]
         before = torch.cat([total.new_zeros(1), total])[torch.searchsorted(home, home)] # What other blocks hold
@@ -188,7 +191,7 @@ def masked(
     chosen = take(units, turn, quota(units, rate, per, multiple))
     return batch | hide(batch['input_ids'], chosen, known, split, generator, together)
 
-# %% ../../nbs/text/13_masking.ipynb #84704360
+# %% ../../nbs/text/13_masking.ipynb #0c349e8b
 @dataclass(frozen=True)
 class Ramp:
     "A value for each step: constant, or along a line from `first` at step 0 to `last` at step `steps` - 1 and beyond"
@@ -197,7 +200,8 @@ class Ramp:
     steps:int = 0             # Steps of the run; needed with `last`
 
     def __post_init__(self):
-        if self.last is not None and self.steps < 2: raise ValueError(f"a line from {self.first} to {self.last} needs at least 2 steps, given steps={self.steps}")
+        if self.last is None or self.steps > 1: return
+        raise ValueError(f"a line from {self.first} to {self.last} needs at least 2 steps, given steps={self.steps}")
 
     def at(self, step:int)->float: # Step from 0
         "The value at a step"

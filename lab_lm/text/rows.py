@@ -88,7 +88,7 @@ def _unpacked(state):
     "The fields, with the files mapped again"
     return {k: np.memmap(**v) if isinstance(v, dict) and 'filename' in v else v for k, v in state.items()}
 
-# %% ../../nbs/text/13_rows.ipynb #ba162729
+# %% ../../nbs/text/13_rows.ipynb #05e060ff
 class _Rows:
     "A stream of ids, the bounds of its texts, and the length of a row"
     def __init__(self, ids, bounds, length):
@@ -101,7 +101,7 @@ class _Rows:
     def texts(self, share:float)->int: # How many texts, in the order of the stream, a share admits; at least 1
         "The size of a prefix"
         if not 0 <= share <= 1: raise ValueError(f"a share lies between 0 and 1, given {share}")
-        return max(1, int(np.ceil(share * (len(self.bounds) - 1) - 1e-9)))
+        return max(1, int(share * (len(self.bounds) - 1) + 1e-9))
 
     def fingerprint(self)->dict: # Kind, length, counts, and a SHA-256 of up to 4,096 ids and bounds, taken evenly
         "Which data these are, in a few words for JSON"

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['EVENTS', 'Callback', 'Callbacks', 'flat', 'find', 'main_process', 'EarlyStopping']
 
-# %% ../../nbs/train/04_callbacks.ipynb #4c16ee9a
+# %% ../../nbs/train/04_callbacks.ipynb #06cde16b
 import math
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 
 from ..core.progress import say
 
@@ -25,8 +24,8 @@ class Callback:
     def load(self, state:dict): "Take back what `state` gave"
     def doubts(self)->str: "Why a checkpoint made now might not be a good one; nothing for most"; return ''
 
-# %% ../../nbs/train/04_callbacks.ipynb #e196fc79
-EVENTS = ('begin', 'stepped', 'evaluated', 'saved', 'end')
+# %% ../../nbs/train/04_callbacks.ipynb #1bc0ea5a
+EVENTS = ('begin', 'stepped', 'evaluated', 'saved', 'end') # What a callback may answer to
 
 class Callbacks(Callback):
     "Callbacks in order, as one"
@@ -50,8 +49,11 @@ class Callbacks(Callback):
     def evaluated(self, learner, scores): self._call('evaluated', learner, scores)
     def saved(self, learner, path): self._call('saved', learner, path)
     def end(self, learner):
-        with ExitStack() as stack: # Runs what it holds, last first, whether or not one of them raises
-            for one in reversed(list(self)): stack.callback(getattr(one, 'end', lambda _: None), learner)
+        errors = []
+        for one in self:
+            try: getattr(one, 'end', lambda _: None)(learner)
+            except Exception as error: errors.append(error)
+        if errors: raise errors[0]
     def state(self): return {name: state for name, one in self.named.items() if hasattr(one, 'state') and (state := one.state())}
     def load(self, state):
         for name in state:

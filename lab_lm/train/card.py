@@ -19,7 +19,7 @@ from ..core.provenance import scrub
 from ..core.runs import Score
 from ..text.card import About, as_table, escape
 
-# %% ../../nbs/train/09_card.ipynb #9a1b55b2
+# %% ../../nbs/train/09_card.ipynb #f103be4b
 def folder_facts(
     folder,       # Made by `save_pretrained` or by `save` of `lab_lm.nets.native`
 )->dict:          # architecture, model_type, parameters, types, bytes, and shape as far as config.json has it; ValueError where there is no model
@@ -30,7 +30,8 @@ def folder_facts(
     if not (folder / 'config.json').is_file() or not files: raise ValueError(f"no model in {folder.name}: it needs config.json and *.safetensors")
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     shape = config.get('lab_lm') or config.get('text_config') or config
-    facts = dict(architecture=(config.get('architectures') or ['unknown'])[0], model_type=config.get('model_type', ''), parameters=0, types=[], bytes=sum(f.stat().st_size for f in files))
+    facts = dict(architecture=(config.get('architectures') or ['unknown'])[0], model_type=config.get('model_type', ''), parameters=0, types=[],
+                 bytes=sum(f.stat().st_size for f in files))
     for file in files:
         with safe_open(file, 'np') as f:
             parts = [f.get_slice(name) for name in f.keys()]
@@ -40,7 +41,7 @@ def folder_facts(
                  vocabulary=('vocab_size',), positions=('max_position_embeddings', 'n_positions', 'max_length'))
     return facts | {k: next(shape[n] for n in among if n in shape) for k, among in names.items() if any(n in shape for n in among)}
 
-# %% ../../nbs/train/09_card.ipynb #dd9e8f98
+# %% ../../nbs/train/09_card.ipynb #5c382143
 def run_facts(
     path,         # A run's folder
 )->tuple[dict, dict]: # Training: steps, tokens, losses; making: hardware, packages, commit; what is not known is not in them
@@ -51,8 +52,9 @@ def run_facts(
     losses = [r['loss'] for r in rows if r.get('loss') is not None]
     training = dict(steps=len(losses), tokens=sum(r.get('tokens') or 0 for r in rows), first_loss=losses and losses[0], last_loss=losses and losses[-1])
     machine, packages, git = made.get('hardware') or {}, made.get('packages') or {}, made.get('git') or {}
-    making = dict(hardware=', '.join(machine.get('gpus') or []) or f"{machine.get('processor', '')}, {machine.get('cores', '?')} cores" if machine else '',
-                  started=made.get('started', ''), python=made.get('python', ''), packages=', '.join(f'{p} {packages[p]}' for p in ('torch', 'transformers', 'lab_lm') if p in packages),
+    processor = f"{machine.get('processor', '')}, {machine.get('cores', '?')} cores" if machine else ''
+    making = dict(hardware=', '.join(machine.get('gpus') or []) or processor, started=made.get('started', ''), python=made.get('python', ''),
+                  packages=', '.join(f'{p} {packages[p]}' for p in ('torch', 'transformers', 'lab_lm') if p in packages),
                   commit=git.get('commit', '') + (' with changes' if git.get('dirty') else ''))
     return {k: v for k, v in training.items() if v}, {k: scrub(v) for k, v in making.items() if v}
 
@@ -73,8 +75,9 @@ class Card:
     limits:str = ''         # What it should not be used for
     citation:str = ''       # BibTeX
 
-# %% ../../nbs/train/09_card.ipynb #3755d6bf
-TASKS = {'MaskedLM': 'fill-mask', 'CausalLM': 'text-generation', 'LMHeadModel': 'text-generation', 'SequenceClassification': 'text-classification', 'TokenClassification': 'token-classification'}
+# %% ../../nbs/train/09_card.ipynb #43c7c85a
+TASKS = {'MaskedLM': 'fill-mask', 'CausalLM': 'text-generation', 'LMHeadModel': 'text-generation',
+         'SequenceClassification': 'text-classification', 'TokenClassification': 'token-classification'}
 
 def head(
     card:Card,     # What the author says
@@ -85,11 +88,11 @@ def head(
     if bad := [c for c in card.languages if not re.fullmatch('[a-z]{2,3}', c)]: raise ValueError(f"languages are codes of two or three letters, given {bad[0]!r}")
     task = next((t for end, t in TASKS.items() if facts['architecture'].endswith(end)), None)
     own = facts['model_type'] == 'lab_lm'
-    said = dict(language=list(card.languages), license=card.licence, base_model=card.base, library_name='' if own else 'transformers', pipeline_tag=task, tags=['lab_lm', facts['model_type']])
-    said = {k: v for k, v in said.items() if v}
+    said = dict(language=list(card.languages), license=card.licence, base_model=card.base, library_name='' if own else 'transformers', pipeline_tag=task)
+    said = {k: v for k, v in said.items() if v} | dict(tags=list(dict.fromkeys(t for t in ('lab_lm', facts['model_type']) if t)))
     about = dict(type=re.sub(r'\W+', '-', card.tested_on.lower()).strip('-') or 'unnamed', name=_line(card.tested_on) or 'not stated')
-    results = [dict(task=dict(type=task or 'other'), dataset=about, metrics=[dict(type=re.sub(r'\W+', '_', name), name=f'{_line(name)} ({_interval(s)})', value=round(s.value, 6))])
-               for name, s in scores.items() if math.isfinite(s.value)]
+    def metric(name, s): return dict(type=re.sub(r'\W+', '_', name), name=f'{_line(name)} ({_interval(s)})', value=round(s.value, 6))
+    results = [dict(task=dict(type=task or 'other'), dataset=about, metrics=[metric(*item)]) for item in scores.items() if math.isfinite(item[1].value)]
     if results: said['model-index'] = [dict(name=_line(card.title), results=results)]
     return f'---\n{yaml.safe_dump(said, allow_unicode=True, sort_keys=False, width=1000)}---\n'
 
@@ -97,29 +100,30 @@ def _line(text): return ' '.join(str(text).split())
 
 def _interval(s): return f'95 % interval {s.low:.4g} to {s.high:.4g}, n={s.n}' if math.isfinite(s.high - s.low) else f'no interval, n={s.n}'
 
-# %% ../../nbs/train/09_card.ipynb #b61f63c9
+# %% ../../nbs/train/09_card.ipynb #9ecf9000
 def model_card(
     folder,         # With config.json and *.safetensors
     card:Card=Card(), # What the author says
-    scores:dict={}, # Name to `Score`, such as the `scores` of a run
+    scores:dict|None=None, # Name to `Score`, such as the `scores` of a run
     run='',         # The run's folder, for how it was made; '' where there is none
 )->str:             # Markdown with its YAML head
     "The page of a model"
-    facts, (training, making) = folder_facts(folder), run_facts(run) if run else ({}, {})
+    facts, scores, (training, making) = folder_facts(folder), scores or {}, run_facts(run) if run else ({}, {})
     parts = [head(card, facts, scores), f'# {escape(card.title)}', escape(card.text, 0) or _ask('what this model is and what it is for')]
     parts += [_table(facts), '## How to load it', _loading(card.name or Path(folder).name, facts)]
     parts += ['## Data', *_data(card.data)]
     parts += ['## Tokenizer', as_table(card.fertility) or _ask('how many tokens a word takes in each language')]
     parts += ['## Training', _table(card.training | training) or _ask('steps, tokens, optimiser, rate'), _table(making)]
-    parts += ['## Scores', as_table(_score_rows(scores)) or 'Nothing was measured.', f'Measured on {escape(card.tested_on, 0)}.' if card.tested_on else _ask('on which texts the scores were taken')]
+    parts += ['## Scores', as_table(_score_rows(scores)) or 'Nothing was measured.']
+    parts += [f'Measured on {escape(card.tested_on, 0)}.' if card.tested_on else _ask('on which texts the scores were taken')]
     parts += [f'{escape(name)}: {escape(s.protocol, 0)}.' for name, s in scores.items() if s.protocol]
     parts += ['## Limits', escape(card.limits, 0) or _ask('what this model should not be used for'), _PLAIN]
     if card.citation: parts += ['## Citation', '```bibtex\n' + card.citation.replace('`', "'").strip() + '\n```']
     return '\n\n'.join(p for p in parts if p) + '\n'
 
-# %% ../../nbs/train/09_card.ipynb #845cc6ba
-_PLAIN = ('The model repeats what its texts hold, mistakes and prejudices included. Nobody has checked it for harm, for personal data or for any use outside the measurements above; '
-          'they hold for texts of the kind they were taken on.')
+# %% ../../nbs/train/09_card.ipynb #6f0a2491
+_PLAIN = ('The model repeats what its texts hold, mistakes and prejudices included. Nobody has checked it for harm, for personal data or for any use '
+          'outside the measurements above; they hold for texts of the kind they were taken on.')
 
 def _ask(what): return f'*To be filled in by the author: {what}.*'
 
@@ -129,28 +133,33 @@ def _table(facts): return as_table([dict(what=str(k).replace('_', ' '), value=_n
 
 def _score_rows(scores):
     "Scores with intervals and what they must be compared with"
-    return [dict(score=name, value=f'{s.value:.4g}', interval=_interval(s), beside=', '.join(f'{k} {v:.4g}' for k, v in s.baselines.items()) or 'nothing') for name, s in scores.items()]
+    def beside(s): return ', '.join(f'{k} {v:.4g}' for k, v in s.baselines.items()) or 'nothing'
+    return [dict(score=name, value=f'{s.value:.4g}', interval=_interval(s), beside=beside(s)) for name, s in scores.items()]
 
+# %% ../../nbs/train/09_card.ipynb #8c529c53
 def _data(about):
     "What is known of the texts"
     if about == About(title=''): return [_ask('which texts it was trained on, under which licences')]
-    facts = dict(licence=about.licence, **{f'licence of {k}': v for k, v in about.licences.items()}, near_duplicates=about.near_duplicates or 'not checked', contamination=about.contamination or 'not checked')
-    return [f'**{escape(about.title)}**' if about.title else '', escape(about.text, 0), _table({k: v for k, v in facts.items() if v}), as_table(list(about.ledger)), escape(about.limits, 0)]
+    facts = dict(licence=about.licence) | {f'licence of {k}': v for k, v in about.licences.items()}
+    facts |= dict(near_duplicates=about.near_duplicates or 'not checked', contamination=about.contamination or 'not checked')
+    told = [f'**{escape(about.title)}**' if about.title else '', escape(about.text, 0), _table({k: v for k, v in facts.items() if v})]
+    return [*told, as_table(list(about.ledger)), escape(about.limits, 0)]
 
 def _loading(name, facts):
     "Lines of Python that load the model; a name that is none becomes a placeholder"
     name = name if re.fullmatch(r'[\w.-]+(/[\w.-]+)*', name, re.ASCII) else 'folder'
     if facts['model_type'] == 'lab_lm': lines = ['from lab_lm.nets.native import load', f"model = load('{name}')"]
     else:
-        auto = next((f'AutoModelFor{end}' for end in TASKS if facts['architecture'].endswith(end) and end != 'LMHeadModel'), 'AutoModelForCausalLM' if facts['architecture'].endswith('LMHeadModel') else 'AutoModel')
-        lines = [f'from transformers import {auto}, AutoTokenizer', f"model, tokenizer = {auto}.from_pretrained('{name}'), AutoTokenizer.from_pretrained('{name}')"]
+        end = next((end for end in TASKS if facts['architecture'].endswith(end)), '')
+        auto = f"AutoModelFor{end.replace('LMHeadModel', 'CausalLM')}" if end else 'AutoModel'
+        lines = [f'from transformers import {auto}, AutoTokenizer', f"model = {auto}.from_pretrained('{name}')", f"tokenizer = AutoTokenizer.from_pretrained('{name}')"]
     return '```python\n' + '\n'.join(lines) + '\n```'
 
-# %% ../../nbs/train/09_card.ipynb #074c754e
+# %% ../../nbs/train/09_card.ipynb #ba005ba9
 def write_card(
     folder,         # With config.json and *.safetensors; its README.md is made or replaced
     card:Card=Card(), # What the author says
-    scores:dict={}, # Name to `Score`
+    scores:dict|None=None, # Name to `Score`
     run='',         # The run's folder; '' where there is none
 )->Path:            # The page
     "Put a model's page beside it"

@@ -127,7 +127,7 @@ def holdings(
     rows = [dict(layer=k[0], type=k[1], numbers=n, bytes=b, zeros=z / max(1, n)) for k, (n, b, z) in groups.items()]
     return sorted(rows, key=lambda r: -r['bytes'])
 
-# %% ../../nbs/train/09_compress.ipynb #4df64134
+# %% ../../nbs/train/09_compress.ipynb #35579903
 def write_weights(
     model,        # Any torch module
     path,         # The file to make or replace
@@ -136,7 +136,8 @@ def write_weights(
     from safetensors.torch import save_file
     first, tensors, tied = {}, {}, {}
     for name, t in model.state_dict().items():
-        if not torch.is_tensor(t) or t.is_quantized: raise ValueError(f"{name} is no plain tensor and cannot be saved without a pickle; int8() of this module makes layers that can")
+        if not torch.is_tensor(t) or t.is_quantized:
+            raise ValueError(f"{name} is no plain tensor and cannot be saved without a pickle; int8() of this module makes layers that can")
         same = first.setdefault((t.data_ptr(), t.shape, t.stride()) if t.numel() else name, name)
         if same == name: tensors[name] = t.detach().cpu().contiguous()
         else: tied[name] = same
@@ -202,7 +203,7 @@ def token_time(
             times.append(time.perf_counter() - began)
     return 1e6 * statistics.median(times[1:]) / tokens
 
-# %% ../../nbs/train/09_compress.ipynb #844b0b34
+# %% ../../nbs/train/09_compress.ipynb #921af0e2
 def compare(
     model,             # As trained
     variants:dict,     # Name to a smaller model
@@ -214,7 +215,8 @@ def compare(
     rows, plain = [], None
     for name, m in {'as trained': model, **variants}.items():
         costs = np.asarray(measure(m), float)
-        if costs.ndim != 2 or costs.shape[1] != 2 or not costs[:, 1].sum() > 0: raise ValueError(f"measure gives bits and bytes of each text, [texts, 2]; given shape {costs.shape}")
+        if costs.ndim != 2 or costs.shape[1] != 2 or not costs[:, 1].sum() > 0:
+            raise ValueError(f"measure gives bits and bytes of each text, [texts, 2]; given shape {costs.shape}")
         plain = costs if plain is None else plain
         if not np.array_equal(costs[:, 1], plain[:, 1]): raise ValueError(f"{name} was measured on other texts: the bytes differ")
         row = dict(name=name, bytes=None, bits_per_byte=float(costs[:, 0].sum() / costs[:, 1].sum()), more=_more(costs, plain, seed), unsaved='')

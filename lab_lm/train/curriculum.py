@@ -100,9 +100,9 @@ def difficulty(
     else: scores = SCORES[by](texts, lang)
     return ranks(-scores if anti else scores, seed)
 
-# %% ../../nbs/train/02_curriculum.ipynb #c81ffb8e
-_CURVES = dict(linear=lambda p, a, b: a + (b - a) * p, root=lambda p, a, b: a + (b - a) * math.sqrt(p), competence=lambda p, a, b: math.sqrt(a * a + (b * b - a * a) * p),
-               exponential=lambda p, a, b: a + (b - a) * math.expm1(p) / math.expm1(1))
+# %% ../../nbs/train/02_curriculum.ipynb #7fd5d8d8
+_CURVES = dict(linear=lambda p, a, b: a + (b - a) * p, root=lambda p, a, b: a + (b - a) * math.sqrt(p),
+               competence=lambda p, a, b: math.sqrt(a * a + (b * b - a * a) * p), exponential=lambda p, a, b: a + (b - a) * math.expm1(p) / math.expm1(1))
 PACINGS = (*_CURVES, 'step', 'staged')
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ class Pacing:
         if self.kind == 'step': return (self.start, *self.levels)[sum(p >= mark for mark in self.marks)]
         if self.kind in _CURVES: return min(1., _CURVES[self.kind](p, self.start, self.end))
         n, sums = len(self.stages), np.cumsum(self.stages)
-        return min(1., float(np.interp(p * n, range(n + 1), [min(self.start, sums[0]), *sums]) if self.smooth else sums[min(n - 1, int(p * n + 1e-9))]))
+        grown = np.interp(p * n, range(n + 1), [min(self.start, sums[0]), *sums]) if self.smooth else sums[min(n - 1, int(p * n + 1e-9))]
+        return min(1., float(grown))
 
     def share(self, step:int, steps:int)->float: # Of the texts, for a feed
         "The share admitted at a step: `start` at the first, `end` at the last"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['least_loss', 'overfit', 'fast_dev_run', 'profile', 'anomaly']
 
-# %% ../../nbs/train/08_debug.ipynb #b4e95d15
+# %% ../../nbs/train/08_debug.ipynb #5909842b
 import copy
 import math
 import os
@@ -21,8 +21,9 @@ import torch
 
 from .callbacks import Callback, find
 from .feed import Endless
-from .learner import Learner, Training
+from .learner import Learner
 from .schedules import Schedule
+from .training import Training
 
 # %% ../../nbs/train/08_debug.ipynb #ac237558
 def least_loss(
@@ -40,7 +41,28 @@ def least_loss(
             seen.setdefault(context, Counter())[int(labels[r, i])] += 1
     return sum(n * math.log(c.total() / n) for c in seen.values() for n in c.values()) / max(1, sum(c.total() for c in seen.values()))
 
-# %% ../../nbs/train/08_debug.ipynb #82d5245f
+# %% ../../nbs/train/08_debug.ipynb #785427da
+class _Learnt(Callback):
+    "Stops when the batch is known or the time is over, and notes which parameters moved"
+    def __init__(self, enough, seconds): self.enough, self.seconds, self.losses = enough, seconds, []
+
+    def begin(self, learner):
+        self.first, self.start = {n: p.detach().clone() for n, p in learner.model.named_parameters()}, time.monotonic()
+
+    def stepped(self, learner, facts):
+        self.losses.append(facts['loss'])
+        if facts['loss'] <= self.enough: learner.stop('learnt')
+        if time.monotonic() - self.start > self.seconds: learner.stop('the time is over')
+
+    def end(self, learner): self.still = [n for n, p in learner.model.named_parameters() if torch.equal(self.first[n], p)]
+
+def _suspects(watch):
+    "What to look at when a batch is not learnt"
+    some = ', '.join(watch.still[:6]) + ' …' * (len(watch.still) > 6)
+    moved = f'parameters that did not move: {some}' if watch.still else 'all parameters moved'
+    return f'{moved}; look at labels and masks, at the rate, and at what is detached'
+
+# %% ../../nbs/train/08_debug.ipynb #9e07d317
 def overfit(
     model,           # Any model the learner trains; a copy of it is trained, without dropout
     feed,            # The feed whose first batch is learnt, or a batch
@@ -59,28 +81,34 @@ def overfit(
     learner = Learner(twin, Endless([batch]), setting, callbacks=[watch])
     learner.fit()
     took, ok = time.monotonic() - start, watch.losses[-1] <= floor + near
-    said = f"one batch of {int((batch['labels'] != -100).sum())} labels was {'' if ok else 'NOT '}learnt: the loss went from {watch.losses[0]:.3f} to " \
-           f"{watch.losses[-1]:.3f} in {len(watch.losses)} steps ({took:.0f} s); the least possible is {floor:.3f}"
+    said = (f"one batch of {int((batch['labels'] != -100).sum())} labels was {'' if ok else 'NOT '}learnt: the loss went from "
+            f"{watch.losses[0]:.3f} to {watch.losses[-1]:.3f} in {len(watch.losses)} steps ({took:.0f} s); the least possible is {floor:.3f}")
     return dict(ok=ok, losses=watch.losses, least=floor, seconds=took, said=said if ok else f'{said}. {_suspects(watch)}')
 
-class _Learnt(Callback):
-    "Stops when the batch is known or the time is over, and notes which parameters moved"
-    def __init__(self, enough, seconds): self.enough, self.seconds, self.losses = enough, seconds, []
-    def begin(self, learner): self.first, self.start = {n: p.detach().clone() for n, p in learner.model.named_parameters()}, time.monotonic()
+# %% ../../nbs/train/08_debug.ipynb #ae32bfcd
+class _Enough(Exception): "Ends a run as a power cut would"
 
-    def stepped(self, learner, facts):
-        self.losses.append(facts['loss'])
-        if facts['loss'] <= self.enough: learner.stop('learnt')
-        if time.monotonic() - self.start > self.seconds: learner.stop('the time is over')
+class _Until(Callback):
+    "Ends a run after so many steps, once its checkpoint is written"
+    def __init__(self, steps, saves): self.steps, self.saves = steps, saves
+    def evaluated(self, learner, scores): self._check(learner, not self.saves)
+    def saved(self, learner, path): self._check(learner, True)
+    def _check(self, learner, now):
+        if now and learner.step >= self.steps: raise _Enough
 
-    def end(self, learner): self.still = [n for n, p in learner.model.named_parameters() if torch.equal(self.first[n], p)]
+def _play(learner, folder, steps, saves):
+    "Train a copy of a learner's model up to a step, or on from where an earlier copy was"
+    folder.mkdir(exist_ok=True)
+    model, optimizer = copy.deepcopy((learner.model, learner.optimizer))
+    feed = copy.copy(learner.feed)
+    training = learner.training.model_copy(update=dict(evaluate_every=1, save_every=int(saves)))
+    if getattr(feed, 'pacing', None): feed.pacing = copy.deepcopy(feed.pacing)
+    twin = Learner(model, feed, training, folder, learner.evaluate, [_Until(min(steps, training.steps), saves)], learner.loss, optimizer)
+    try: twin.fit()
+    except _Enough: pass
+    return twin
 
-def _suspects(watch):
-    "What to look at when a batch is not learnt"
-    still = f"parameters that did not move: {', '.join(watch.still[:6])}{' …' if len(watch.still) > 6 else ''}" if watch.still else 'all parameters moved'
-    return f"{still}; look at labels and masks, at the rate, and at what is detached"
-
-# %% ../../nbs/train/08_debug.ipynb #9de1cce5
+# %% ../../nbs/train/08_debug.ipynb #9427dc8d
 def fast_dev_run(
     learner:Learner, # As it would be trained; nothing of it is changed
 )->list[dict]:       # Rows of what, result and seconds; ValueError where a resumed run differs from an uninterrupted one
@@ -101,31 +129,34 @@ def fast_dev_run(
         _play(learner, Path(folder) / 'cut', 1, True)
         again = _play(learner, Path(folder) / 'cut', 2, True)
         if other := [n for (n, p), q in zip(whole.model.named_parameters(), again.model.parameters()) if not torch.equal(p, q)]:
-            raise ValueError(f"a resumed run differs from an uninterrupted one, first in {other[0]}; something that decides a step is not in the checkpoint")
+            raise ValueError(f"a resumed run differs from an uninterrupted one, first in {other[0]}; "
+                             "something that decides a step is not in the checkpoint")
         note('resume', 'as if never interrupted', start)
     return rows
 
-class _Enough(Exception): "Ends a run as a power cut would"
+# %% ../../nbs/train/08_debug.ipynb #a111a462
+class _Profiled(Callback):
+    "Measures the steps after the second"
+    def __init__(self, profiler, steps): self.profiler, self.steps = profiler, steps
+    def stepped(self, learner, facts):
+        done = facts['step'] + 1
+        if done == 2: self.profiler.start()
+        if done == 2 + self.steps: self.profiler.stop(); learner.stop('measured')
 
-class _Until(Callback):
-    "Ends a run after so many steps, once its checkpoint is written"
-    def __init__(self, steps, saves): self.steps, self.saves = steps, saves
-    def evaluated(self, learner, scores): self._check(learner, not self.saves)
-    def saved(self, learner, path): self._check(learner, True)
-    def _check(self, learner, now):
-        if now and learner.step >= self.steps: raise _Enough
+def _table(events, steps, top):
+    "Own time of the operations, the longest first"
+    calls = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU] # Kernels on a card are part of the call that started them
+    on_card = any(e.self_device_time_total for e in calls)
+    own = {e.key: (e.self_device_time_total if on_card else e.self_cpu_time_total, e.count) for e in calls}
+    whole = sum(t for t, _ in own.values())
+    def row(name, t, n):
+        return dict(operation=name, share=round(t / max(whole, 1e-9), 3), ms=round(t / 1000 / steps, 3), calls=n / steps)
 
-def _play(learner, folder, steps, saves):
-    "Train a copy of a learner's model up to a step, or on from where an earlier copy was"
-    model, optimizer = copy.deepcopy((learner.model, learner.optimizer))
-    feed, training = copy.copy(learner.feed), learner.training.model_copy(update=dict(evaluate_every=1, save_every=int(saves)))
-    if getattr(feed, 'pacing', None): feed.pacing = copy.deepcopy(feed.pacing)
-    twin = Learner(model, feed, training, folder, learner.evaluate, [_Until(min(steps, training.steps), saves)], learner.loss, optimizer)
-    try: twin.fit()
-    except _Enough: pass
-    return twin
+    longest = sorted(own.items(), key=lambda item: -item[1][0])
+    rest = longest[top:]
+    return [row(k, t, n) for k, (t, n) in longest[:top]] + [row(f'{len(rest)} others', sum(t for _, (t, _) in rest), sum(n for _, (_, n) in rest))]
 
-# %% ../../nbs/train/08_debug.ipynb #79f63ad1
+# %% ../../nbs/train/08_debug.ipynb #82afdc05
 def profile(
     what,            # A learner, of which a copy is trained, or a function without arguments that does one step
     steps:int=5,     # Steps that are measured, after two that are not
@@ -147,24 +178,7 @@ def profile(
     if trace: profiler.export_chrome_trace(str(trace))
     return _table(profiler.key_averages(), steps, top)
 
-class _Profiled(Callback):
-    "Measures the steps after the second"
-    def __init__(self, profiler, steps): self.profiler, self.steps = profiler, steps
-    def stepped(self, learner, facts):
-        done = facts['step'] + 1
-        if done == 2: self.profiler.start()
-        if done == 2 + self.steps: self.profiler.stop(); learner.stop('measured')
-
-def _table(events, steps, top):
-    "Own time of the operations, the longest first"
-    own = {e.key: (e.self_device_time_total or e.self_cpu_time_total, e.count) for e in events}
-    whole = sum(t for t, _ in own.values())
-    def row(name, t, n): return dict(operation=name, share=round(t / max(whole, 1e-9), 3), ms=round(t / 1000 / steps, 3), calls=n / steps)
-    longest = sorted(own.items(), key=lambda item: -item[1][0])
-    rest = longest[top:]
-    return [row(k, t, n) for k, (t, n) in longest[:top]] + [row(f'{len(rest)} others', sum(t for _, (t, _) in rest), sum(n for _, (_, n) in rest))]
-
-# %% ../../nbs/train/08_debug.ipynb #d21fb519
+# %% ../../nbs/train/08_debug.ipynb #08127ff5
 @contextmanager
 def anomaly():
     "Find the operation whose gradient is NaN; ValueError naming it and its line"
@@ -173,7 +187,8 @@ def anomaly():
         try: yield
         except RuntimeError as error:
             if not (found := re.search(r"Function '(\w+)' returned nan values", str(error))): raise
-            told = '\n'.join(str(w.message) for w in caught)
-            lines = [(Path(f).name, n, code.strip()) for f, n, code in re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n([^\n]*)', told) if f'{os.sep}torch{os.sep}' not in f]
-            where = f'; it comes from {lines[-1][0]}, line {lines[-1][1]}: {lines[-1][2]}' if lines else ''
-            raise ValueError(f"the gradient of {found[1]} is NaN{where}. Look for a log or a root of 0, a division by 0, or an overflow before it") from error
+            frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n([^\n]*)', '\n'.join(str(w.message) for w in caught))
+            own = [(Path(f).name, n, code.strip()) for f, n, code in frames if f'{os.sep}torch{os.sep}' not in f]
+            where = '; it comes from {}, line {}: {}'.format(*own[-1]) if own else ''
+            raise ValueError(f"the gradient of {found[1]} is NaN{where}. Look for a log or a root of 0, a division by 0, "
+                             "or an overflow before it") from error

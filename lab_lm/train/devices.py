@@ -30,14 +30,15 @@ class Spread(NamedTuple):
     micro:int        # Rows that a device takes at a time
     accumulation:int # How often it does so before the optimiser moves
 
-# %% ../../nbs/train/08_devices.ipynb #05a672d0
+# %% ../../nbs/train/08_devices.ipynb #de41a9aa
 def spread(
     batch:int,       # Rows of a step on all devices together
     devices:int=1,   # Processes on all machines together
     micro:int=0,     # Rows that fit into one device at a time; 0 for no limit
 )->Spread:           # ValueError naming the nearest batches that can be divided
     "Divide a global batch among devices without changing it"
-    if min(batch, devices) < 1 or micro < 0: raise ValueError(f"batch and devices are at least 1 and micro at least 0, given batch={batch}, devices={devices}, micro={micro}")
+    if min(batch, devices) < 1 or micro < 0:
+        raise ValueError(f"batch and devices are at least 1 and micro at least 0, given batch={batch}, devices={devices}, micro={micro}")
     if batch % devices:
         low = batch // devices * devices
         raise ValueError(f"{batch} rows do not divide among {devices} devices; the nearest batches that do are {f'{low} and ' if low else ''}{low + devices}")
@@ -161,7 +162,7 @@ def _asked(job, seeds):
     asked |= {'output': '%x-%A_%a.log' if seeds else '%x-%j.log', 'open-mode': 'append', 'requeue': '', 'signal': f'B:USR1@{job.warning}'}
     return asked | ({'array': f'0-{len(seeds) - 1}'} if seeds else {})
 
-# %% ../../nbs/train/08_devices.ipynb #888150d5
+# %% ../../nbs/train/08_devices.ipynb #3cbd427c
 def _check(job, words, seeds):
     "ValueError for what SLURM or a shell would misread"
     if not words: raise ValueError("nothing to run; give words such as ['python', '-m', 'lab_lm', 'mlm']")
@@ -169,7 +170,8 @@ def _check(job, words, seeds):
         raise ValueError(f"nodes, tasks and cpus are at least 1, gpus, warning and restarts at least 0; given {job}")
     if not re.fullmatch(r'(\d+-)?\d{1,3}:\d\d:\d\d', job.time): raise ValueError(f"time is [days-]hours:minutes:seconds, such as 24:00:00, given {job.time!r}")
     for key in ('name', 'memory', 'partition', 'account'):
-        if not re.fullmatch(r'[\w.,+@-]*', getattr(job, key), re.ASCII): raise ValueError(f"{key} may hold letters, digits and . , + @ - _ only, given {getattr(job, key)!r}")
+        if not re.fullmatch(r'[\w.,+@-]*', getattr(job, key), re.ASCII):
+            raise ValueError(f"{key} may hold letters, digits and . , + @ - _ only, given {getattr(job, key)!r}")
     for key in job.environment:
         if not re.fullmatch(r'[A-Za-z_]\w*', key, re.ASCII): raise ValueError(f"{key!r} cannot name a variable")
         if SECRET_NAME.search(key): raise ValueError(f"{key} looks like a secret; export it in the shell that calls sbatch, which passes it on")

@@ -122,10 +122,11 @@ class Overconfidence(Guard):
         sure, right = confidence_gap(*seen)
         return f'mean confidence {sure:.2f}, accuracy {right:.2f} on {len(seen[1])} labels' if sure - right > self.cfg.gap else ''
 
-# %% ../../nbs/train/05_guards.ipynb #782c4b2e
+# %% ../../nbs/train/05_guards.ipynb #6fcceac4
 class DeadRows(Guard):
     "Many of the tokens that are read do not learn"
-    name, seldom, advice = 'dead_rows', True, 'a look at what is frozen or detached, at padding_idx, at the rate of the embeddings, and at the initialisation of added tokens'
+    name, seldom = 'dead_rows', True
+    advice = 'a look at what is frozen or detached, at padding_idx, at the rate of the embeddings, and at the initialisation of added tokens'
 
     def fault(self, learner, facts):
         table, read = input_table(learner.model), tokens_read(getattr(learner, 'batch', None))
@@ -137,7 +138,7 @@ class DeadRows(Guard):
         if dead is None or len(dead) <= self.cfg.dead_share * len(some): return None if dead is None else ''
         return f'{len(dead)} of {len(some)} tokens that were read do not learn, such as {dead[:5]}'
 
-# %% ../../nbs/train/05_guards.ipynb #903d0082
+# %% ../../nbs/train/05_guards.ipynb #c84e1d75
 class Guards(Callback):
     "Watches a run for faults; see `GuardConfig`"
     def __init__(self,
@@ -160,7 +161,8 @@ class Guards(Callback):
     def _act(self, guard, found, learner, step):
         "Do what the settings say; True where the run does not simply go on"
         action, reason = getattr(self.cfg, guard.name), f'{guard.name} at step {step}: {found}'
-        if action == 'roll_back' and self.rollbacks >= self.cfg.rollbacks: action, reason = 'stop', f'{reason}, after {self.rollbacks} returns to a checkpoint'
+        if action == 'roll_back' and self.rollbacks >= self.cfg.rollbacks:
+            action, reason = 'stop', f'{reason}, after {self.rollbacks} returns to a checkpoint'
         self.events.append(dict(step=step, guard=guard.name, action=action, found=found))
         guard.forget()
         if action == 'warn': self.tell(f'  {reason}; try {guard.advice}')
@@ -171,8 +173,11 @@ class Guards(Callback):
         learner.roll_back(reason)
         return True
 
-    def doubts(self): return ', '.join(name for name, g in self.guards.items() if 0 < g.count < g.needed() and getattr(self.cfg, name) in ('stop', 'roll_back'))
-    def state(self): return dict(rollbacks=self.rollbacks, events=self.events, guards={name: g.state() for name, g in self.guards.items()})
+    def doubts(self):
+        return ', '.join(name for name, g in self.guards.items() if g.count and getattr(self.cfg, name) in ('stop', 'roll_back'))
+
+    def state(self):
+        return dict(rollbacks=self.rollbacks, events=self.events, guards={name: g.state() for name, g in self.guards.items()})
 
     def load(self, state):
         "Take up a state; returns to a checkpoint and events since then are not forgotten"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Learner', 'fit']
 
-# %% ../../nbs/train/06_learner.ipynb #f90a413a
+# %% ../../nbs/train/06_learner.ipynb #60b07c10
 import json
 import math
 import os
@@ -19,7 +19,7 @@ import torch
 
 from ..core.files import append_line
 from ..core.progress import say, track
-from ..core.seed import seeded, set_seed
+from ..core.seed import seeded
 from ..nets.door import fp16_refusal
 from ..nets.pretrained import compute_dtype
 from .callbacks import Callbacks, find, flat
@@ -27,11 +27,12 @@ from .checkpoint import frozen_mark, keep_few, learnt, read_newest, remembered, 
 from .feed import Endless, loader, part
 from .objectives import PlainLoss
 from .optim import make_optimizer
+from .progress import Printer
 from .resume import cut_metrics, going_on, take_up
 from .schedules import Plateau, Schedule
 from .training import FREE, Training, label_count, real_tokens, shares
 
-# %% ../../nbs/train/06_learner.ipynb #ac87e2d3
+# %% ../../nbs/train/06_learner.ipynb #7671484f
 class Learner:
     "Trains a model on a feed; `fit` starts, or goes on from the newest checkpoint in the folder"
     def __init__(self,
@@ -49,7 +50,7 @@ class Learner:
         self.folder, self.callbacks = folder and Path(folder), Callbacks(callbacks)
         self.schedule = Plateau(training.schedule) if training.schedule.name == 'plateau' else training.schedule
         self.step, self.skip, self.best, self.stopped, self.rows, self.scores, self.batch, self.output = 0, 0, None, '', [], {}, None, None
-        self._back = self._signal = ''
+        self._back = self._signal = self._doubt = ''
 
     @property
     def steps(self): "Steps of the whole run"; return self.training.steps
@@ -61,7 +62,8 @@ class Learner:
         with seeded(self.training.seed), _caught(self):
             _begin(self)
             try:
-                for _ in track(_steps(self), self.label, self.steps): pass
+                shown = any(isinstance(one, Printer) for one in self.callbacks) # It says more than a bar
+                for _ in _steps(self) if shown else track(_steps(self), self.label, self.steps): pass
             finally: self.callbacks.end(self), self.model.eval()
         if self._signal: raise KeyboardInterrupt(f'{self._signal} after step {self.step}' + ('; the same call goes on from here' if self._saves else ''))
         return self.rows
@@ -69,15 +71,16 @@ class Learner:
     def save(self):
         "Write a checkpoint of this moment; on several devices every process must call it"
         weights, memory = learnt(self.model), remembered(self.model, self.optimizer)
-        if not self.accelerator.is_main_process: return
-        path = write_checkpoint(self.folder / 'checkpoints', self.step, weights, memory, going_on(self))
-        keep_few(path.parent, self.training.keep, self.best and self.best['step'])
-        self.callbacks.saved(self, path)
+        if self.accelerator.is_main_process:
+            path = write_checkpoint(self.folder / 'checkpoints', self.step, weights, memory, going_on(self))
+            keep_few(path.parent, self.training.keep, self.best and self.best['step'])
+            self.callbacks.saved(self, path)
+        self.accelerator.wait_for_everyone()
 
     @property
     def _saves(self): return bool(self.folder and self.training.save_every)
 
-# %% ../../nbs/train/06_learner.ipynb #61054a84
+# %% ../../nbs/train/06_learner.ipynb #1ee618a3
 def _steps(l):
     "Step after step, each from the batch that belongs to it"
     while l.step < l.steps and not l.stopped:
@@ -101,18 +104,18 @@ def _step(l, batch):
     better = _evaluate(l) if measured else False
     _log(l, {k: facts[k] for k in ('step', 'loss', 'lr', 'grad_norm', 'tokens')} | (l.scores if measured else {}))
     if l._signal: l.stop(l._signal)
-    if l._saves and (better or l.stopped or _due(l, l.training.save_every)) and not l.callbacks.doubts(): l.save()
+    if l._saves and (better or l.stopped or _due(l, l.training.save_every)) and not l._doubt: l.save()
 
 def _due(l, every): return bool(every) and (l.step % every == 0 or l.step == l.steps)
 
-# %% ../../nbs/train/06_learner.ipynb #65aa7cb5
+# %% ../../nbs/train/06_learner.ipynb #3ae03f5a
 def _update(l, batch):
     "Forward, backward, clip, move; a gradient that is no number moves nothing"
     t, acc, index = l.training, l.accelerator, l.step + l.skip
     for group in l.optimizer.param_groups: group['lr'] = group['base'] * l.schedule.at(l.step, l.steps)
     pieces, total = part(batch, acc.process_index, acc.num_processes, t.accumulate), 0.
     for i, (piece, weight) in enumerate(zip(pieces, shares(pieces, batch))):
-        set_seed(zlib.crc32(f'{t.seed} {index} {i} {acc.process_index}'.encode()))
+        _draw_anew(zlib.crc32(f'{t.seed} {index} {i} {acc.process_index}'.encode()))
         piece = {k: v.to(acc.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in piece.items()}
         with nullcontext() if i + 1 == len(pieces) else acc.no_sync(l._net):
             with acc.autocast(): loss, l.output = l.loss(l._net, piece)
@@ -125,7 +128,12 @@ def _update(l, batch):
     return dict(step=l.step, loss=loss, lr=max(g['lr'] for g in l.optimizer.param_groups), grad_norm=norm,
                 tokens=real_tokens(batch), labels=label_count(batch), batch=index, skipped=bool(acc.scaler) and acc.optimizer_step_was_skipped)
 
-# %% ../../nbs/train/06_learner.ipynb #4f66c2d7
+def _draw_anew(seed):
+    "Seed what dropout draws from; `torch.manual_seed` asks every kind of device there might be, and takes a thousand times as long"
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available(): torch.cuda.manual_seed_all(seed)
+
+# %% ../../nbs/train/06_learner.ipynb #19e1a2fd
 def _evaluate(l):
     "Measure the model as it is now; whether it is the best so far"
     t = l.training
@@ -133,6 +141,8 @@ def _evaluate(l):
         l.model.eval()
         with torch.no_grad(): l.scores = flat(l.evaluate(l.model))
         l.model.train()
+        for m in l.model.modules():
+            if hasattr(m, 'reshard'): m.reshard() # A sharded model stays whole after a forward pass without a backward one
     for learns in (l.schedule, getattr(l.feed, 'pacing', None)):
         if hasattr(learns, 'report'): learns.report(find(l.scores, t.metric)); l._anew = True
     l.callbacks.evaluated(l, l.scores)
@@ -147,7 +157,7 @@ def _log(l, row):
     l.rows.append(row)
     if l.folder and l.accelerator.is_main_process: append_line(l.folder / 'metrics.jsonl', json.dumps(row))
 
-# %% ../../nbs/train/06_learner.ipynb #26545c34
+# %% ../../nbs/train/06_learner.ipynb #a88927a8
 def _begin(l):
     "Place the model on its device and take up what an earlier attempt left"
     from accelerate import Accelerator
@@ -163,6 +173,7 @@ def _begin(l):
     if t.compile: l._net = torch.compile(l._net)
     l.made_by = dict(training=t.model_dump(mode='json', exclude=FREE), feed=l.feed.fingerprint(), frozen=frozen_mark(l.model),
                      parameters=sum(p.numel() for p in l.model.parameters()))
+    if l.folder: l.folder.mkdir(parents=True, exist_ok=True)
     if l._saves and not l.feed.resumable: raise ValueError('batches that can be read once cannot be taken up again; give a Feed, or save_every=0')
     found = read_newest(l.folder / 'checkpoints') if l._saves else None
     if found: take_up(l, *found); say(f'  going on from step {l.step}')
@@ -170,15 +181,13 @@ def _begin(l):
     l.model.train()
     l.callbacks.begin(l)
 
-# %% ../../nbs/train/06_learner.ipynb #c40cd579
+# %% ../../nbs/train/06_learner.ipynb #b8312048
 def _go_back(l):
     "Return to the newest checkpoint; the data between it and now is passed over"
     reason, l._back, l._anew = l._back, '', True
     index, found = l.step + l.skip, read_newest(l.folder / 'checkpoints') if l._saves else None
     if not found: raise ValueError(f'{reason} (step {l.step}), and there is no checkpoint to go back to; set save_every')
-    kept = l.callbacks.state() # What guards have learnt from the fault stays
     take_up(l, *found)
-    l.callbacks.load(kept)
     l.skip = index + 1 - l.step
     say(f'  {reason}: back to step {l.step}, passing over the data up to batch {index}')
 
@@ -197,10 +206,10 @@ def _caught(l):
 
 def _agree(l):
     "What one process was asked for, by a signal or by a callback, all of them do"
+    names, l._doubt = ('_signal', 'stopped', '_back', '_doubt'), l.callbacks.doubts()
     if l.accelerator.num_processes == 1: return
-    asked = torch.tensor([bool(l._signal), bool(l.stopped), bool(l._back)], dtype=torch.float32, device=l.accelerator.device)
-    heard = l.accelerator.reduce(asked, 'sum').tolist()
-    for name, wanted in zip(('_signal', 'stopped', '_back'), heard):
+    asked = torch.tensor([bool(getattr(l, name)) for name in names], dtype=torch.float32, device=l.accelerator.device)
+    for name, wanted in zip(names, l.accelerator.reduce(asked, 'sum').tolist()):
         if wanted and not getattr(l, name): setattr(l, name, 'asked for in another process')
 
 # %% ../../nbs/train/06_learner.ipynb #e62dbeec

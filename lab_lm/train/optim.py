@@ -89,15 +89,16 @@ def _kinds(model, rates, embeddings_decay, muon):
     decays = lambda p: p.ndim > 1 and (embeddings_decay or id(p) not in tables)
     return {n: (p, decays(p), factors.get(n, 1.), id(p) in hidden) for n, p in named.items() if p.requires_grad}
 
-# %% ../../nbs/train/01_optim.ipynb #cf2ec845
+# %% ../../nbs/train/01_optim.ipynb #270162d1
 FUSED = dict(Wqkv=3, Wi=2, c_attn=3, gate_up_proj=2) # Matrices that transformers keeps in one tensor, and how many they are
 
-def _parts(name, p):
-    "The sizes of the matrices that a parameter is fused from: as it says itself, or as its name is known for; None for a single one"
-    count = FUSED.get(name.split('.')[-2]) if name.count('.') else None
-    return getattr(p, 'parts', None) or (count and (max(p.shape) // count,) * count)
+def _parts(model, name, p):
+    "The sizes of the matrices a parameter is fused from: as its layer or itself says in `parts`, or as its name is known for; None for a single one"
+    owner = name.rpartition('.')[0]
+    count = FUSED.get(owner.split('.')[-1])
+    return getattr(model.get_submodule(owner), 'parts', None) or getattr(p, 'parts', None) or (count and (max(p.shape) // count,) * count)
 
-# %% ../../nbs/train/01_optim.ipynb #fdd8a086
+# %% ../../nbs/train/01_optim.ipynb #4812b998
 def parameter_groups(
     model,                     # Any torch module
     lr:float=1e-3,             # The highest rate, before factors
@@ -112,7 +113,7 @@ def parameter_groups(
         new = dict(params=[], lr=lr * factor, base=lr * factor, weight_decay=weight_decay if decays else 0.) | (dict(muon=hidden) if muon else {})
         group = groups.setdefault((decays, factor, hidden), new)
         group['params'].append((name, p))
-        if hidden: group.setdefault('parts', []).append(_parts(name, p))
+        if hidden: group.setdefault('parts', []).append(_parts(model, name, p))
     if not groups: raise ValueError(f"nothing in {type(model).__name__} is trained; freeze less")
     return list(groups.values())
 

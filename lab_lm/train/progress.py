@@ -73,17 +73,18 @@ def duration(
     if hours < 48: return f'{hours} h {minutes} min' if minutes else f'{hours} h'
     return f'{hours // 24} d {hours % 24} h'
 
-# %% ../../nbs/train/05_progress.ipynb #01bf3199
+# %% ../../nbs/train/05_progress.ipynb #64ba6dd9
 class Printer(Callback):
     "Tells how far a run is: step, smoothed loss, tokens a second, time left, last scores"
     def __init__(self,
         seconds:float=10., # Between two lines
         now:Callable=time.monotonic, # A clock in seconds
         tell:Callable=say, # What shows a line
-    ): self.seconds, self.now, self.tell, self.loss, self.last, self.handle, self.scores, self.clock = seconds, now, tell, Smooth(), -math.inf, None, {}, None
+    ):
+        self.seconds, self.now, self.tell = seconds, now, tell
+        self.loss, self.last, self.handle, self.scores, self.rates = Smooth(), -math.inf, None, {}, deque(maxlen=50)
 
-    def begin(self, learner):
-        self.clock, self.rates, self.began = Clock(learner.training.steps, now=self.now), deque(maxlen=50), self.now()
+    def begin(self, learner): self.clock, self.began = Clock(learner.training.steps, now=self.now), self.now()
 
     def stepped(self, learner, facts):
         self.rates.append((facts.get('tokens', 0), self.clock.tick()))
@@ -112,7 +113,7 @@ class Printer(Callback):
     def evaluated(self, learner, scores): self.clock.pause(); self.scores = {f'validation {k}': v for k, v in list(flat(scores).items())[:2]}
     def saved(self, learner, path): self.clock.pause()
 
-# %% ../../nbs/train/05_progress.ipynb #c4470876
+# %% ../../nbs/train/05_progress.ipynb #1c4e313b
 class Throughput(Callback):
     "Measures tokens a second, padding not counted"
     def __init__(self,
@@ -132,7 +133,8 @@ class Throughput(Callback):
 
     def _close(self, step):
         took = self.now() - self.since - self.paused
-        self.rows.append(dict(step=step, seconds=round(took, 4), pauses=round(self.paused, 4), tokens=int(self.tokens), rate=round(self.tokens / max(took, 1e-9), 1)))
+        times = dict(seconds=round(took, 4), pauses=round(self.paused, 4))
+        self.rows.append(dict(step=step, **times, tokens=int(self.tokens), rate=round(self.tokens / max(took, 1e-9), 1)))
         if self.folder and main_process(): append_line(self.folder / 'timing.jsonl', json.dumps(self.rows[-1]))
         self.begin(None)
 
@@ -144,7 +146,9 @@ class Throughput(Callback):
     def saved(self, learner, path): self._pause()
 
     @property
-    def rate(self)->float: "Tokens a second, the median of the rows after the first; NaN before there is a row"; return median([r['rate'] for r in self.rows[1:] or self.rows] or [math.nan])
+    def rate(self)->float:
+        "Tokens a second, the median of the rows after the first; NaN before there is a row"
+        return median([r['rate'] for r in self.rows[1:] or self.rows] or [math.nan])
 
 # %% ../../nbs/train/05_progress.ipynb #9ce223cf
 class LiveCurve(Callback):

@@ -54,7 +54,7 @@ _ENDING = dict(linear=lambda s, n, N, W: 1 - n / N, polynomial=lambda s, n, N, W
 _ENDLESS = dict(constant=lambda s, n, N, W: 1., plateau=lambda s, n, N, W: 1., step=lambda s, n, N, W: s.gamma ** int(_stairs(s, n, N, W) + 1e-9),
                exponential=lambda s, n, N, W: s.gamma ** _stairs(s, n, N, W), inverse_sqrt=lambda s, n, N, W: math.sqrt(max(1, W) / (n + max(1, W))))
 
-# %% ../../nbs/train/00_schedules.ipynb #d9b8aaad
+# %% ../../nbs/train/00_schedules.ipynb #93a65ee8
 class Schedule(Config):
     "Which share of its highest value the learning rate has at a step"
     name:Literal['constant', 'linear', 'cosine', 'restarts', 'step', 'exponential', 'polynomial', 'onecycle', 'wsd', 'inverse_sqrt', 'plateau']='cosine' # The shape after the warm-up
@@ -84,7 +84,8 @@ class Schedule(Config):
         n = min(step - W, N)
         if self.name in _ENDLESS: return max(self.floor, _ENDLESS[self.name](self, n, N, W))
         if self.name in _ENDING: return self.floor + (1 - self.floor) * _ENDING[self.name](self, n, N, W)
-        return 1 - (1 - low) * n / W if n < W else low + (self.floor - low) * (n - W) / max(1, N - W)
+        down = max(1, W)
+        return 1 - (1 - low) * n / down if n < down else low + (self.floor - low) * (n - down) / max(1, N - down)
 
     def curve(self, steps:int)->list[float]: # One factor a step
         "The factors of a whole run"

@@ -114,7 +114,7 @@ def _apply(trials, row):
     elif row['state'] == 'report': trials[key]['reports'].append((row['step'], row['value']))
     else: trials[key].update({k: v for k, v in row.items() if k not in ('config', 'seed')})
 
-# %% ../../nbs/train/08_sweep.ipynb #8b68d994
+# %% ../../nbs/train/08_sweep.ipynb #ad07e1f8
 def sweep(
     run_one:Callable,  # From setting, seed and `report` to a number
     space:dict,        # See `grid` and `draws`
@@ -139,6 +139,7 @@ def sweep(
     if all(t['state'] == 'failed' for t in wanted): raise ValueError(f"every trial failed; the last one said: {wanted[-1]['error']}")
     return wanted
 
+# %% ../../nbs/train/08_sweep.ipynb #dfcd7500
 @contextmanager
 def _alone(folder):
     "ValueError where another process sweeps in the folder"
@@ -224,7 +225,7 @@ def paired(
     if not (common := sorted(by[0].keys() & by[1].keys())): raise ValueError(f"no seed has ended with both {a} and {b}")
     return over_seeds([by[0][s] - by[1][s] for s in common])
 
-# %% ../../nbs/train/08_sweep.ipynb #c3580bfb
+# %% ../../nbs/train/08_sweep.ipynb #e438eed9
 def to_csv(
     trials:list,   # Of `sweep`
     path,          # The file to make or replace
@@ -235,5 +236,6 @@ def to_csv(
     lines.writerow([*names, 'seed', 'state', 'value', 'last_step', 'seconds', 'error'])
     for t in trials:
         cells = [t['config'].get(k, '') for k in names]
-        lines.writerow([*cells, t['seed'], t['state'], '' if t['value'] is None else t['value'], t['reports'][-1][0] if t['reports'] else '', t['seconds'], t['error']])
+        last = t['reports'][-1][0] if t['reports'] else ''
+        lines.writerow([*cells, t['seed'], t['state'], '' if t['value'] is None else t['value'], last, t['seconds'], t['error']])
     return write_atomic(Path(path), out.getvalue())
