@@ -155,10 +155,10 @@ def ours(side, train, tokenizer, steps, gate):
             if gate.step(facts['tokens'], learner.model): learner.stop('enough')
     torch.manual_seed(side.get('seed', 0))
     shape = dict(vocab_size=len(tokenizer), mode='masked', max_length=LENGTH, pad_id=tokenizer.pad_token_id, **SHAPE, **NATIVE['masked'])
-    model = Transformer(NetConfig(positions='rotary', **shape))
+    model = Transformer(NetConfig(positions='rotary', init=SHAPE['width'] ** -.5, **shape))
     with tempfile.TemporaryDirectory() as folder:
         rows = PackedRows(*read_stream(write_stream(tokens_of(train, tokenizer), f'{folder}/stream', len(tokenizer))), LENGTH)
-        feed = Feed(rows, Masked(tokenizer, side['mask'], multiple=64), side['batch'], seed=side.get('seed', 0))
+        feed = Feed(rows, Masked(tokenizer, side['mask'], split=(1., 0., 0.), multiple=64), side['batch'], seed=side.get('seed', 0))
         training = Training(steps=steps, lr=side['lr'], optimizer=side['optimizer'], weight_decay=.1, schedule=Schedule(name='linear', warmup=side['warmup']), seed=side.get('seed', 0))
         Learner(model, feed, training, callbacks=[Stretches()]).fit()
     return model

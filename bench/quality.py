@@ -26,7 +26,7 @@ import numpy as np
 from pretraining import CACHE, SMALL, tokenizer_of
 
 SEEDS, LENGTH, BATCH, VOCAB, LOOKS = (0, 1, 2), 128, 8, 3000 if SMALL in sys.argv else 8000, 20
-RATES = {'adamw': (1e-3, 3e-3, 6e-3), 'muon': (1e-3, 3e-3, 6e-3)}
+RATES = {'adamw': (3e-3, 6e-3, 1.2e-2), 'muon': (6e-3, 1.2e-2, 2.4e-2)}
 SHAPE = dict(layers=4, width=128, heads=4)
 
 
@@ -58,7 +58,7 @@ def key(run): return json.dumps(run, sort_keys=True)
 def objective(run, tokenizer):
     from lab_lm.train.objectives import Causal, Hybrid, Masked, MaskedNext
     if run['mode'] == 'causal': return Causal()
-    masked = Masked(tokenizer, .3)
+    masked = Masked(tokenizer, .3, split=(1., 0., 0.))
     return masked if run['mode'] == 'masked' else Hybrid(MaskedNext(masked), run['share'])
 
 
@@ -108,7 +108,8 @@ def one(run):
     train, held, pairs = corpus()
     tokenizer = tokenizer_of(train, VOCAB)
     torch.manual_seed(run['seed'])
-    model = Transformer(NetConfig(vocab_size=len(tokenizer), mode=run['mode'], positions='rotary', max_length=LENGTH, pad_id=tokenizer.pad_token_id, **SHAPE, **NATIVE['masked']))
+    model = Transformer(NetConfig(vocab_size=len(tokenizer), mode=run['mode'], positions='rotary', max_length=LENGTH, pad_id=tokenizer.pad_token_id,
+                                  init=SHAPE['width'] ** -.5, **SHAPE, **NATIVE['masked']))
     steps, watched = max(LOOKS, round(run['tokens'] / BATCH / LENGTH)), causal_rows(tokenizer, held[:60])
 
     def held_out(net): return dict(held_out=float(np.concatenate(causal_nats(net, tokenizer, watched, LENGTH)[0]).mean()))

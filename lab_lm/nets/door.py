@@ -89,7 +89,7 @@ def _masks(model, kind, texts, batch):
     narrow = sees & (distance < window if kind == 'causal' else distance <= window)
     return {'full_attention': ready(sees), 'sliding_attention': ready(narrow)} if kinds else ready(narrow)
 
-# %% ../../nbs/nets/04_door.ipynb #2f96d0d3
+# %% ../../nbs/nets/04_door.ipynb #906eaad5
 @torch.no_grad()
 def can_pack(
     model,           # Ours, one of transformers', or a `Door`
@@ -111,7 +111,7 @@ def can_pack(
     exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
     return bool((packed - apart).abs().max() <= (1e-4 if exact else 3e-2) * apart.abs().max())
 
-def _rows_of(model): return model.get_input_embeddings().weight.shape[0]
+def _rows_of(model): return (model.get_input_embeddings() if from_hub(model) else model.embed).weight.shape[0]
 
 # %% ../../nbs/nets/04_door.ipynb #3b0b3212
 def positions_of(
@@ -151,7 +151,7 @@ def can_be_sparse(
     finally: model.train(was)
     return parts.shape == whole[::3].shape and bool((parts - whole[::3]).abs().max() <= 1e-5 * whole.abs().max())
 
-# %% ../../nbs/nets/04_door.ipynb #5a5d6bd2
+# %% ../../nbs/nets/04_door.ipynb #ae4e6741
 class Door(nn.Module):
     "A model of transformers, or ours, that takes the batches of this house"
     def __init__(self,
@@ -177,8 +177,6 @@ class Door(nn.Module):
 
     @property
     def behind(self): return self.model
-
-    def get_input_embeddings(self): return self.model.get_input_embeddings()
 
     def save_pretrained(self, folder, **how): return self.model.save_pretrained(folder, **how)
 

@@ -126,7 +126,7 @@ def _within(positions, most):
         raise ValueError(f"this model has learned {most} positions, given a text of {longest} tokens; cut texts to {most}, "
                          "or choose positions without an end: rotary, sinusoidal, alibi, relative")
 
-# %% ../../nbs/nets/01_transformer.ipynb #cdae5b04
+# %% ../../nbs/nets/01_transformer.ipynb #e7769653
 class Transformer(nn.Module):
     "A language model: causal, masked or both"
     def __init__(self,
@@ -165,8 +165,6 @@ class Transformer(nn.Module):
     )->torch.Tensor:         # Logits, [..., vocabulary]
         "What the head makes of hidden states"
         return F.linear(self.head(hidden), self.embed.weight if self.output is None else self.output.weight, self.bias)
-
-    def get_input_embeddings(self): return self.embed
 
     def num_parameters(self): return sum(p.numel() for p in self.parameters())
 
@@ -207,7 +205,7 @@ def count_parameters(
     places = dict(learned=config.max_length * width, relative=32 * config.heads).get(config.positions, 0)
     return config.vocab_size * width * (1 if config.tied else 2) + config.layers * block + width + head + places
 
-# %% ../../nbs/nets/01_transformer.ipynb #3248bc76
+# %% ../../nbs/nets/01_transformer.ipynb #d0400398
 PRESETS = {'tiny': (2, 0), '10M': (6, 10e6), '50M': (10, 50e6), '110M': (12, 110e6), '350M': (24, 350e6)} # Name to layers and parameters
 WIDTHS = [*range(64, 256, 32), *range(256, 512, 64), *range(512, 2049, 128)]
 NATIVE = dict(causal=dict(norm='rms', activation='swiglu', form='llama'), masked=dict(norm='layer', activation='geglu', form='modernbert'),
@@ -226,12 +224,16 @@ def preset(
         raise ValueError(f"a preset finds width, heads and hidden itself, given {', '.join(sorted(fixed))}; for a shape of your own use NetConfig")
     layers, target = PRESETS[name]
     fields = dict(vocab_size=vocab_size, mode=mode, layers=layers, positions='rotary') | NATIVE[mode] | changes
-    if name == 'tiny': return NetConfig(width=128, heads=4, **fields)
+    if name == 'tiny': return _begun(NetConfig(width=128, heads=4, **fields), changes)
     shapes = [fields | dict(width=width, heads=width // (64 if width >= 256 else 32)) for width in WIDTHS]
     shapes = [full for shape in shapes if shape['heads'] % (shape.get('kv_heads') or 1) == 0 and (full := _fill(shape, target))]
     if not shapes: raise ValueError(f"a vocabulary of {vocab_size:,} leaves no room for {fields['layers']} layers in {name} parameters; "
                                     f"train a smaller tokenizer or take a larger preset of {', '.join(PRESETS)}")
-    return min(shapes, key=lambda c: abs(math.log(c.hidden / c.width / (8 / 3 if c.gated else 4))))
+    return _begun(min(shapes, key=lambda c: abs(math.log(c.hidden / c.width / (8 / 3 if c.gated else 4)))), changes)
+
+def _begun(config, changes):
+    "Masked and hybrid models start with larger weights: they leave the plateau of token frequencies sooner"
+    return config if config.mode == 'causal' or 'init' in changes else config.model_copy(update=dict(init=round(config.width ** -.5, 4)))
 
 def _fill(fields, target):
     "The shape of this width whose feed-forward layers bring it to `target` parameters; None where they would be out of proportion"

@@ -44,7 +44,7 @@ from ..train.schedules import Schedule
 from ..train.trackers import Tracking
 from ..train.training import Training
 
-# %% ../../nbs/02_mlm_training.ipynb #b81107b6
+# %% ../../nbs/02_mlm_training.ipynb #0b03056b
 STEPS = dict(tiny=150, small=20_000, base=100_000)
 SHAPE = dict(tiny='tiny', small='10M', base='110M') # Size to preset
 
@@ -62,11 +62,12 @@ class MLMConfig(ChapterConfig):
     length:PositiveInt=128 # Tokens in a row
     mask:Share=0.3         # Share of tokens that is hidden in training; 0.15 in evaluation, always
     hide:Literal['token', 'word', 'span']='token' # What is hidden together
+    bert_noise:bool=False  # At two tenths of the hidden places show a random token or the token itself, as BERT did
     causal_share:Share=0.0625      # Share of the rows that a hybrid model reads causally
     curriculum:Literal['none', 'length', 'frequency', 'morphology', 'combined', 'random']='none' # Begin with texts that are easy in this sense
     optimizer:Literal['muon', 'adamw', 'adam', 'sgd', 'rmsprop', 'adafactor']='muon' # muon: Muon for the matrices of the layers, AdamW for the rest
     schedule:str='cosine'  # Of the learning rate, see train.schedules
-    lr:PositiveFloat=4e-3  # Highest learning rate
+    lr:PositiveFloat=1e-2  # Highest learning rate; Muon wants two to four times AdamW's
     precision:Literal['auto', 'fp32', 'bf16', 'fp16']='auto' # auto: bf16 where the machine is fast in it
     compile:bool=False     # Let torch.compile fuse operations; pays on long runs
     workers:NonNegativeInt=0       # Processes that make batches ahead
@@ -93,7 +94,7 @@ def run(
         if main_process(): _finish(run, cfg, model, tokenizer, parts, test)
     return run
 
-# %% ../../nbs/02_mlm_training.ipynb #5909720a
+# %% ../../nbs/02_mlm_training.ipynb #ca15ca13
 def _model(cfg, train):
     "The model and its tokenizer"
     kind = 'causal' if cfg.mode == 'causal' else 'masked'
@@ -114,16 +115,17 @@ def _feed(run, cfg, model, tokenizer, train):
     if cfg.curriculum != 'none': texts = [texts[i] for i in order_by(difficulty(texts, cfg.curriculum, [r.lang for r in train], cfg.seed), cfg.seed)]
     if main_process() and not folder.exists(): write_stream(tokens_of(texts, tokenizer), folder, len(tokenizer))
     PartialState().wait_for_everyone()
-    rows = (PackedRows if can_pack(model, cfg.length) else TextRows)(*read_stream(folder), cfg.length)
-    hidden = Masked(tokenizer, cfg.mask, cfg.hide) if cfg.mode != 'causal' else None
+    stream = (*read_stream(folder), cfg.length)
+    rows = PackedRows(*stream) if can_pack(model, cfg.length) else TextRows(*stream, pad=tokenizer.pad_token_id)
+    hidden = Masked(tokenizer, cfg.mask, cfg.hide, (.8, .1, .1) if cfg.bert_noise else (1., 0., 0.)) if cfg.mode != 'causal' else None
     objective = dict(masked=hidden, causal=Causal(), hybrid=Hybrid(hidden, cfg.causal_share))[cfg.mode]
     pacing = Pacing() if cfg.curriculum != 'none' else None
     return Feed(rows, objective, cfg.batch_size, cfg.seed, pacing=pacing, steps=cfg.steps or STEPS[cfg.size])
 
-# %% ../../nbs/02_mlm_training.ipynb #7d3da3c2
+# %% ../../nbs/02_mlm_training.ipynb #215065ec
 def _learner(run, cfg, model, feed, steps, watch):
     "Everything that trains and watches"
-    training = Training(steps=steps, lr=cfg.lr, optimizer=cfg.optimizer, schedule=Schedule(name=cfg.schedule), accumulate=cfg.accumulate, precision=cfg.precision,
+    training = Training(steps=steps, lr=cfg.lr, optimizer=cfg.optimizer, weight_decay=.1 if cfg.optimizer == 'muon' else .01, schedule=Schedule(name=cfg.schedule), accumulate=cfg.accumulate, precision=cfg.precision,
                         compile=cfg.compile, evaluate_every=max(1, steps // 5), save_every=max(1, steps // 10), metric='validation', workers=cfg.workers, seed=cfg.seed)
     tracking = [Tracking(cfg.tracker, folder=run.path / 'trackers', run=cfg.name, config=cfg)] if cfg.tracker != 'none' else []
     return Learner(model, feed, training, run.path, watch, [Guards(), Printer(), Throughput(run.path), LiveCurve('validation'), *tracking])
