@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BeirConfig', 'run']
 
-# %% ../../nbs/04_beir_eval.ipynb #cad9e571
+# %% ../../nbs/04_beir_eval.ipynb #218ca0b9
 from dataclasses import replace
 from typing import Literal
 
@@ -22,7 +22,7 @@ from ..evals.retrieval import nearest, per_query, protocol, ranking, read_tasks,
 from ..evals.stats import paired_bootstrap
 from ..nets.encoder import embed
 from ..nets.pretrained import load_model, quiet
-from ..nets.transformer import masked_lm
+from ..nets.native import masked_lm
 from ..text.batches import masked_batches, rows
 from ..text.tokenize import train_tokenizer
 from ..train.learner import fit
@@ -54,7 +54,7 @@ def run(
         if found: _show(run, cfg, tasks, found)
     return run
 
-# %% ../../nbs/04_beir_eval.ipynb #0d68813f
+# %% ../../nbs/04_beir_eval.ipynb #3350cceb
 def _encoders(run, cfg, tasks):
     "The encoder and its twin with random weights, as (model, tokenizer)"
     if cfg.encoder == 'pocket': model, tokenizer = _pocket(run, cfg, [t for task in tasks.values() for t in task.corpus.values()])
@@ -65,7 +65,7 @@ def _encoders(run, cfg, tasks):
 def _pocket(run, cfg, texts):
     "Train a small masked model on the passages"
     run.say(f'training a pocket encoder on {len(texts)} passages, {cfg.steps} steps')
-    tokenizer = train_tokenizer(texts, 'bpe', 3000)
+    tokenizer = train_tokenizer(texts, 'akshara_bpe', 3000)
     batches = masked_batches(rows(texts, tokenizer, 64), tokenizer, 16, seed=cfg.seed)
     with seeded(cfg.seed):
         model = masked_lm(cfg.size, len(tokenizer), tokenizer.pad_token_id, cfg.seed)

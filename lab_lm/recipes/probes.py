@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['ProbesConfig', 'run']
 
-# %% ../../nbs/05_probes.ipynb #92386cb3
+# %% ../../nbs/05_probes.ipynb #8efd0ec4
 from dataclasses import replace
 from typing import Literal
 
 from pydantic import PositiveInt
+
 from ..core.config import ChapterConfig
 from ..core.files import whole_folder
 from ..core.paths import folder_or_name
@@ -19,7 +20,7 @@ from ..core.viz import bars, curves, new_axes
 from ..evals.probing import accuracy_gain, gather, probe
 from ..nets.encoder import word_states
 from ..nets.pretrained import load_model, quiet
-from ..nets.transformer import masked_lm
+from ..nets.native import masked_lm
 from ..text.batches import masked_batches, rows
 from ..text.morph import feature_labels
 from ..text.tiny import POCKET_LANGS, pocket_sentences

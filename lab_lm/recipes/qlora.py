@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MODELS', 'QLoRAConfig', 'run']
 
-# %% ../../nbs/03_gemma_qlora.ipynb #87210419
+# %% ../../nbs/03_gemma_qlora.ipynb #09fe42b3
 from statistics import fmean
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
 from ..core.config import ChapterConfig
 from ..core.files import whole_folder
 from ..core.paths import find, folder_or_name

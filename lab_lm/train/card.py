@@ -75,7 +75,7 @@ class Card:
     limits:str = ''         # What it should not be used for
     citation:str = ''       # BibTeX
 
-# %% ../../nbs/train/09_card.ipynb #43c7c85a
+# %% ../../nbs/train/09_card.ipynb #2f41c767
 TASKS = {'MaskedLM': 'fill-mask', 'CausalLM': 'text-generation', 'LMHeadModel': 'text-generation',
          'SequenceClassification': 'text-classification', 'TokenClassification': 'token-classification'}
 
@@ -90,8 +90,8 @@ def head(
     own = facts['model_type'] == 'lab_lm'
     said = dict(language=list(card.languages), license=card.licence, base_model=card.base, library_name='' if own else 'transformers', pipeline_tag=task)
     said = {k: v for k, v in said.items() if v} | dict(tags=list(dict.fromkeys(t for t in ('lab_lm', facts['model_type']) if t)))
-    about = dict(type=re.sub(r'\W+', '-', card.tested_on.lower()).strip('-') or 'unnamed', name=_line(card.tested_on) or 'not stated')
-    def metric(name, s): return dict(type=re.sub(r'\W+', '_', name), name=f'{_line(name)} ({_interval(s)})', value=round(s.value, 6))
+    about = dict(type=re.sub('[^a-z0-9]+', '-', card.tested_on.lower()).strip('-') or 'unnamed', name=_line(card.tested_on) or 'not stated')
+    def metric(name, s): return dict(type=re.sub('[^A-Za-z0-9]+', '_', name), name=f'{_line(name)} ({_interval(s)})', value=round(s.value, 6))
     results = [dict(task=dict(type=task or 'other'), dataset=about, metrics=[metric(*item)]) for item in scores.items() if math.isfinite(item[1].value)]
     if results: said['model-index'] = [dict(name=_line(card.title), results=results)]
     return f'---\n{yaml.safe_dump(said, allow_unicode=True, sort_keys=False, width=1000)}---\n'
@@ -136,7 +136,7 @@ def _score_rows(scores):
     def beside(s): return ', '.join(f'{k} {v:.4g}' for k, v in s.baselines.items()) or 'nothing'
     return [dict(score=name, value=f'{s.value:.4g}', interval=_interval(s), beside=beside(s)) for name, s in scores.items()]
 
-# %% ../../nbs/train/09_card.ipynb #8c529c53
+# %% ../../nbs/train/09_card.ipynb #66b34cd9
 def _data(about):
     "What is known of the texts"
     if about == About(title=''): return [_ask('which texts it was trained on, under which licences')]
@@ -147,7 +147,7 @@ def _data(about):
 
 def _loading(name, facts):
     "Lines of Python that load the model; a name that is none becomes a placeholder"
-    name = name if re.fullmatch(r'[\w.-]+(/[\w.-]+)*', name, re.ASCII) else 'folder'
+    name = name if re.fullmatch('[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*', name) else 'folder'
     if facts['model_type'] == 'lab_lm': lines = ['from lab_lm.nets.native import load', f"model = load('{name}')"]
     else:
         end = next((end for end in TASKS if facts['architecture'].endswith(end)), '')

@@ -29,14 +29,14 @@ class Shape:
     @property
     def hidden(self): "Numbers in the matrices of the layers"; return sum(m * n for m, n in self.matrices)
 
-# %% ../../nbs/train/02_estimate.ipynb #244658df
+# %% ../../nbs/train/02_estimate.ipynb #ead891c5
 def shape_of(
     model, # Any model with a stack of layers and an embedding
 )->Shape:
     "The shape of a model"
     name, layers = stack(model)
-    tables = [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
-    table = model.get_input_embeddings() if hasattr(model, 'get_input_embeddings') else max(tables, key=lambda m: m.weight.numel())
+    first = next(m for m in model.modules() if isinstance(m, torch.nn.Embedding))
+    table = model.get_input_embeddings() if hasattr(model, 'get_input_embeddings') else first
     matrices = tuple(tuple(p.shape) for p in layers.parameters() if p.ndim == 2)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return Shape(len(layers), table.embedding_dim, table.num_embeddings, matrices, sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained))
