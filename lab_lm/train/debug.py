@@ -178,7 +178,7 @@ def profile(
     if trace: profiler.export_chrome_trace(str(trace))
     return _table(profiler.key_averages(), steps, top)
 
-# %% ../../nbs/train/08_debug.ipynb #08127ff5
+# %% ../../nbs/train/08_debug.ipynb #813a51d0
 @contextmanager
 def anomaly():
     "Find the operation whose gradient is NaN; ValueError naming it and its line"
@@ -186,7 +186,7 @@ def anomaly():
         warnings.simplefilter('always')
         try: yield
         except RuntimeError as error:
-            if not (found := re.search(r"Function '(\w+)' returned nan values", str(error))): raise
+            if not (found := re.search(r"Function '([A-Za-z0-9_]+)' returned nan values", str(error))): raise
             frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n([^\n]*)', '\n'.join(str(w.message) for w in caught))
             own = [(Path(f).name, n, code.strip()) for f, n, code in frames if f'{os.sep}torch{os.sep}' not in f]
             where = '; it comes from {}, line {}: {}'.format(*own[-1]) if own else ''

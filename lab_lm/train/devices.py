@@ -60,7 +60,7 @@ def launch_env(
                          FSDP_RESHARD_AFTER_FORWARD='true', FSDP_STATE_DICT_TYPE='FULL_STATE_DICT')
     return env
 
-# %% ../../nbs/train/08_devices.ipynb #36f081d2
+# %% ../../nbs/train/08_devices.ipynb #db578a85
 def launch_words(
     words,               # A script or '-m' and a module, then its arguments
     devices:int=1,       # Processes on this machine
@@ -71,7 +71,7 @@ def launch_words(
     "The command that starts one process a device"
     if not words: raise ValueError("nothing to start; give a script, or '-m' and a module")
     if min(devices, nodes) < 1: raise ValueError(f"devices and nodes are at least 1, given {devices} and {nodes}")
-    if nodes > 1 and not re.fullmatch(r'[\w.-]+:\d+', at): raise ValueError(f"{nodes} machines need a meeting place at='host:port', given {at!r}")
+    if nodes > 1 and not re.fullmatch(r'[A-Za-z0-9_.-]+:\d+', at): raise ValueError(f"{nodes} machines need a meeting place at='host:port', given {at!r}")
     if devices == nodes == 1: return [python, *words]
     meet = ['--standalone'] if nodes == 1 else ['--nnodes', str(nodes), '--rdzv-backend', 'c10d', '--rdzv-endpoint', at]
     return [python, '-m', 'torch.distributed.run', *meet, '--nproc-per-node', str(devices), *words]
@@ -162,7 +162,7 @@ def _asked(job, seeds):
     asked |= {'output': '%x-%A_%a.log' if seeds else '%x-%j.log', 'open-mode': 'append', 'requeue': '', 'signal': f'B:USR1@{job.warning}'}
     return asked | ({'array': f'0-{len(seeds) - 1}'} if seeds else {})
 
-# %% ../../nbs/train/08_devices.ipynb #3cbd427c
+# %% ../../nbs/train/08_devices.ipynb #ab6f094a
 def _check(job, words, seeds):
     "ValueError for what SLURM or a shell would misread"
     if not words: raise ValueError("nothing to run; give words such as ['python', '-m', 'lab_lm', 'mlm']")
@@ -170,10 +170,10 @@ def _check(job, words, seeds):
         raise ValueError(f"nodes, tasks and cpus are at least 1, gpus, warning and restarts at least 0; given {job}")
     if not re.fullmatch(r'(\d+-)?\d{1,3}:\d\d:\d\d', job.time): raise ValueError(f"time is [days-]hours:minutes:seconds, such as 24:00:00, given {job.time!r}")
     for key in ('name', 'memory', 'partition', 'account'):
-        if not re.fullmatch(r'[\w.,+@-]*', getattr(job, key), re.ASCII):
+        if not re.fullmatch('[A-Za-z0-9_.,+@-]*', getattr(job, key)):
             raise ValueError(f"{key} may hold letters, digits and . , + @ - _ only, given {getattr(job, key)!r}")
     for key in job.environment:
-        if not re.fullmatch(r'[A-Za-z_]\w*', key, re.ASCII): raise ValueError(f"{key!r} cannot name a variable")
+        if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', key): raise ValueError(f"{key!r} cannot name a variable")
         if SECRET_NAME.search(key): raise ValueError(f"{key} looks like a secret; export it in the shell that calls sbatch, which passes it on")
     if bool(seeds) != any('{seed}' in w for w in words): raise ValueError("seeds and {seed} in the words need each other, as in seed={seed} and name=thesis/{seed}")
     if any(type(s) is not int for s in seeds): raise ValueError(f"seeds are whole numbers, given {list(seeds)}")
