@@ -34,7 +34,7 @@ DEFAULT = dict(kind='trainer', lr=5e-5, batch=8, dropout=.1, warmup=0., grouped=
 WELL_SET = dict(kind='trainer', lr=1e-3, batch=16, dropout=0., warmup=.1, grouped=True, tuned=True)
 SIDES = {'Trainer, run_mlm.py (blocks)': DEFAULT | dict(mode='blocks'), 'Trainer, run_mlm.py --line_by_line': DEFAULT | dict(mode='lines'),
          'Trainer, well set (blocks)': WELL_SET | dict(mode='blocks'), 'Trainer, well set (grouped by length)': WELL_SET | dict(mode='lines'),
-         'lab_lm': dict(kind='ours', optimizer='muon', lr=3e-3, batch=16, mask=.3, warmup=.1, tuned=True)}
+         'lab_lm': dict(kind='ours', optimizer='muon', lr=1e-2, batch=32, accumulate=4, mask=.3, warmup=.1, tuned=True)}
 
 
 # ---- the same for everybody: texts, tokenizer, evaluation
@@ -159,7 +159,7 @@ def ours(side, train, tokenizer, steps, gate):
     with tempfile.TemporaryDirectory() as folder:
         rows = PackedRows(*read_stream(write_stream(tokens_of(train, tokenizer), f'{folder}/stream', len(tokenizer))), LENGTH)
         feed = Feed(rows, Masked(tokenizer, side['mask'], split=(1., 0., 0.), multiple=64), side['batch'], seed=side.get('seed', 0))
-        training = Training(steps=steps, lr=side['lr'], optimizer=side['optimizer'], weight_decay=.1, schedule=Schedule(name='linear', warmup=side['warmup']), seed=side.get('seed', 0))
+        training = Training(steps=steps, lr=side['lr'], optimizer=side['optimizer'], weight_decay=.1, accumulate=side['accumulate'], schedule=Schedule(name='linear', warmup=side['warmup']), seed=side.get('seed', 0))
         Learner(model, feed, training, callbacks=[Stretches()]).fit()
     return model
 
