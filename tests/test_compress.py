@@ -1,7 +1,6 @@
 "Smaller models against torch's own tools, and model cards as the Hub reads them"
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn

@@ -64,7 +64,7 @@ def test_exact_pairs_are_those_of_comparing_all_with_all(corpus):
 
 def greedy(groups, threshold):
     "Merging as it is defined: each into an earlier kept one that is similar enough"
-    kept, merged = [], set()
+    merged = set()
     owners = {}
     for j, group in enumerate(groups):
         near = {i for h in group.tolist() for i in owners.get(h, ())}

@@ -138,7 +138,6 @@ def test_the_tokenizers_special_ids_go_along(tmp_path):
 def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     old, new = net('hybrid'), net('hybrid')
     save(old, tmp_path / 'm')
-    real, calls = transformers.ModernBertDecoderForCausalLM.save_pretrained, []
     def full(self, folder, **options): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(transformers.ModernBertDecoderForCausalLM, 'save_pretrained', full)
     with pytest.raises(OSError): save(new, tmp_path / 'm')

@@ -4,7 +4,6 @@ import multiprocessing
 import random
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from lab_lm.train.curriculum import PerformancePacing
 from lab_lm.train.feed import Feed
 from lab_lm.train.guards import GuardConfig, Guards
 from lab_lm.train.learner import Learner, Training
-from lab_lm.train.objectives import Causal, Hybrid, Masked
+from lab_lm.train.objectives import Hybrid, Masked
 from lab_lm.train.schedules import Schedule
 
 STEPS = 24

@@ -1,6 +1,5 @@
 "Sweeps that are killed, and rules that give trials up"
 import json
-import os
 import signal
 import subprocess
 import sys

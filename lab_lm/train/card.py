@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'folder_facts', 'run_facts', 'Card', 'head', 'model_card', 'write_card']
 
-# %% ../../nbs/train/09_card.ipynb #35db2326
+# %% ../../nbs/train/09_card.ipynb #cd3d5409
 import json
 import math
 import re
@@ -16,7 +16,6 @@ import yaml
 
 from ..core.files import read_lines, write_atomic
 from ..core.provenance import scrub
-from ..core.runs import Score
 from ..text.card import About, as_table, escape
 
 # %% ../../nbs/train/09_card.ipynb #f103be4b

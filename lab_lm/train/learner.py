@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['Learner', 'fit']
 
-# %% ../../nbs/train/06_learner.ipynb #60b07c10
+# %% ../../nbs/train/06_learner.ipynb #9a7b7fdf
 import json
 import math
-import os
 import signal
 import threading
 import zlib
