@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['app', 'disk_full', 'told_kindly', 'stdout_kept', 'scores_json', 'execute', 'main']
 
-# %% ../../nbs/app/01_cli.ipynb #6b929990
+# %% ../../nbs/app/01_cli.ipynb #2be15e79
 import errno
 import json
 import os
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, List, Optional
 
 import typer
@@ -19,6 +19,7 @@ import typer
 from .pipeline import CHAPTERS, AllConfig, load_chapter, plan, run_all
 from ..core.config import describe, resolve
 from ..core.paths import home
+from ..core.progress import main_process
 from ..core.runs import decimals, run_path
 
 # %% ../../nbs/app/01_cli.ipynb #cd1c54b5
@@ -72,7 +73,7 @@ def scores_json(
     "What a run found, for machines"
     return dict(run=str(run.path), scores={name: dict(value=s.value, n=s.n, low=s.low, high=s.high) for name, s in run.scores.items()})
 
-# %% ../../nbs/app/01_cli.ipynb #7940f660
+# %% ../../nbs/app/01_cli.ipynb #9df3267b
 def execute(
     name:str,      # A chapter, or 'all'
     args:list,     # Words of the form key=value
@@ -86,10 +87,10 @@ def execute(
     whole, chapters = plan(args, file) if name == 'all' else (None, {name: resolve(load_chapter(name)[0], args, file)})
     if explain or dry_run: _tell(whole, chapters, dry_run)
     if dry_run: return
-    if as_json:
-        with stdout_kept(): run = run_all(whole, chapters) if whole else load_chapter(name)[1](chapters[name].config)
-        typer.echo(json.dumps(scores_json(run), ensure_ascii=False))
-    else: _show(run_all(whole, chapters) if whole else load_chapter(name)[1](chapters[name].config))
+    with stdout_kept() if as_json else nullcontext(): run = run_all(whole, chapters) if whole else load_chapter(name)[1](chapters[name].config)
+    if not main_process(): return # The first of several processes tells
+    if as_json: typer.echo(json.dumps(scores_json(run), ensure_ascii=False))
+    else: _show(run)
 
 def _quiet():
     "Libraries keep their bars and banners to themselves"

@@ -73,7 +73,7 @@ def duration(
     if hours < 48: return f'{hours} h {minutes} min' if minutes else f'{hours} h'
     return f'{hours // 24} d {hours % 24} h'
 
-# %% ../../nbs/train/05_progress.ipynb #64ba6dd9
+# %% ../../nbs/train/05_progress.ipynb #ae3bdf2c
 class Printer(Callback):
     "Tells how far a run is: step, smoothed loss, tokens a second, time left, last scores"
     def __init__(self,
@@ -110,7 +110,7 @@ class Printer(Callback):
     def end(self, learner):
         if self.rates: self.show(f'took {duration(self.now() - self.began)}')
 
-    def evaluated(self, learner, scores): self.clock.pause(); self.scores = {f'validation {k}': v for k, v in list(flat(scores).items())[:2]}
+    def evaluated(self, learner, scores): self.clock.pause(); self.scores = {k if k.startswith('validation') else f'validation {k}': v for k, v in list(flat(scores).items())[:2]}
     def saved(self, learner, path): self.clock.pause()
 
 # %% ../../nbs/train/05_progress.ipynb #1c4e313b
