@@ -6,7 +6,7 @@
 __all__ = ['Action', 'GuardConfig', 'Guard', 'NotANumber', 'Jump', 'Spike', 'Explosion', 'Collapse', 'Overconfidence', 'DeadRows',
            'Guards']
 
-# %% ../../nbs/train/05_guards.ipynb #0af34c73
+# %% ../../nbs/train/05_guards.ipynb #63903a29
 import math
 from collections import deque
 from statistics import median
@@ -16,8 +16,8 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from ..core.config import Config, Share
-from ..core.progress import say
-from .callbacks import Callback, main_process
+from ..core.progress import main_process, say
+from .callbacks import Callback
 from .signs import confidence_gap, dead_rows, effective_rank, input_table, labelled, prediction_entropies, robust_limit, tokens_read
 
 # %% ../../nbs/train/05_guards.ipynb #a1a8899b

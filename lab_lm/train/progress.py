@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Smooth', 'Clock', 'duration', 'Printer', 'Throughput', 'LiveCurve']
 
-# %% ../../nbs/train/05_progress.ipynb #11129893
+# %% ../../nbs/train/05_progress.ipynb #82b99c10
 import json
 import math
 import time
@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import median
 
 from ..core.files import append_line
-from ..core.progress import in_notebook, say
-from .callbacks import Callback, find, flat, main_process
+from ..core.progress import in_notebook, main_process, say
+from .callbacks import Callback, find, flat
 
 # %% ../../nbs/train/05_progress.ipynb #7f9f754a
 class Smooth:

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['SECRET_WORDS', 'TRACKERS', 'flat_settings', 'check_tracker', 'Tracking']
 
-# %% ../../nbs/train/05_trackers.ipynb #cc031b6f
+# %% ../../nbs/train/05_trackers.ipynb #3e23ab54
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core.progress import say
+from ..core.progress import main_process, say
 from ..core.provenance import scrub
-from .callbacks import Callback, flat, main_process
+from .callbacks import Callback, flat
 
 # %% ../../nbs/train/05_trackers.ipynb #e0251888
 SECRET_WORDS = {'key', 'token', 'secret', 'password', 'passwd', 'pwd', 'credential', 'credentials', 'auth', 'cookie'}
