@@ -1,6 +1,7 @@
 # make run    the five chapters on the samples, or on DATA=folder LANG=hi; ends with models/demo/report.html
 # make test   everything that must hold
 # make lab    JupyterLab on the chapters
+# make bench  every benchmark, over an hour; BENCH="feed script" runs some
 # Each of them makes the environment in .venv first, if it is missing or out of date.
 
 PYTHON ?= python3
@@ -38,7 +39,7 @@ notebooks: $(READY)
 # The peers that our speed is measured against are installed for this only.
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet datasketch datatrove orjson ftfy nltk indic-nlp-library "xxhash<4"
-	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(or $(BENCH:%=bench/%.py),$(wildcard bench/*.py)); do $(BIN)/python $$script || exit 1; done
 
 hooks: $(READY)
 	$(BIN)/nbdev_install_hooks
