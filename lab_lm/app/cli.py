@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'disk_full', 'told_kindly', 'stdout_kept', 'scores_json', 'execute', 'main']
 
-# %% ../../nbs/app/01_cli.ipynb #2be15e79
+# %% ../../nbs/app/01_cli.ipynb #0acff1aa
 import errno
 import json
 import os
@@ -16,6 +16,7 @@ from typing import Annotated, List, Optional
 
 import typer
 
+from .gguf_files import ExportConfig, ProveConfig, export_files, proof_row, prove_files
 from .pipeline import CHAPTERS, AllConfig, load_chapter, plan, run_all
 from ..core.config import describe, resolve
 from ..core.paths import home
@@ -124,16 +125,20 @@ def _show(run):
     page = run.path / 'report.html'
     typer.echo(f'everything is in {_short(run.path)}/' + (f'; open {_short(page)}' if page.exists() else ''))
 
-# %% ../../nbs/app/01_cli.ipynb #0f8dd803
+# %% ../../nbs/app/01_cli.ipynb #d89f77c0
 app = typer.Typer(name='lab_lm', no_args_is_help=True, pretty_exceptions_enable=False, context_settings={'help_option_names': ['-h', '--help']},
                   help='A laboratory for language models of low-resource languages. Each chapter takes settings as key=value.')
+
+def _config(name):
+    "The settings of a command"
+    return dict(all=AllConfig, prove=ProveConfig, export=ExportConfig).get(name) or load_chapter(name)[0]
 
 class _WithKeys(typer.core.TyperCommand):
     "A command whose help lists the keys of its chapter"
     def format_help(self, ctx, formatter):
         super().format_help(ctx, formatter)
         typer.echo('\nKeys:')
-        for row in describe(AllConfig if self.name == 'all' else load_chapter(self.name)[0]):
+        for row in describe(_config(self.name)):
             typer.echo(f"  {row['key'] + '=' + str(row['default']):<28} {row['type']:<24} {row['help']}")
 
 # %% ../../nbs/app/01_cli.ipynb #6c83491f
@@ -150,6 +155,33 @@ def _add(name, about):
 
 for _name, _chapter in CHAPTERS.items(): _add(_name, _chapter.about)
 _add('all', 'The five chapters in order, and one report')
+
+# %% ../../nbs/app/01_cli.ipynb #1f4cdded
+def _show_proofs(records):
+    "A row a file; what was refused and why; the pages"
+    for record in records:
+        row = proof_row(record)
+        typer.echo('  '.join(f'{key} {decimals(v) if isinstance(v, float) else v}' for key, v in row.items() if v is not None))
+        if not record['passed']: typer.echo(f"lab_lm: {record['file']} is refused: {record['refused_for']}", err=True)
+        for remark in record['remarks']: typer.echo(f'  {remark}')
+        typer.echo(f"  the proof is in {record['file']}.proof.html")
+
+def _add_gguf(name, about, action):
+    "Give an action on GGUF files its command"
+    @app.command(name, help=about, cls=_WithKeys)
+    def command(
+        settings:Annotated[Optional[List[str]], typer.Argument(metavar='KEY=VALUE...', help='Settings; over the environment, over the file, over the defaults')] = None,
+        config:Annotated[Optional[str], typer.Option('--config', help='A YAML file of settings')] = None,
+        as_json:Annotated[bool, typer.Option('--json', help='The whole records as one JSON list on standard output')] = False):
+        with told_kindly():
+            _quiet()
+            with stdout_kept() if as_json else nullcontext(): records = action(resolve(_config(name), settings or [], config).config)
+            typer.echo(json.dumps(records, ensure_ascii=False)) if as_json else _show_proofs(records)
+            passed = all(r['passed'] for r in records)
+        if not passed: raise typer.Exit(1)
+
+_add_gguf('export', 'Write a model folder as GGUF files, and prove each in llama.cpp', export_files)
+_add_gguf('prove', 'Prove a GGUF file of any tool against a model folder', prove_files)
 
 # %% ../../nbs/app/01_cli.ipynb #c2e2ca55
 def _version(wanted:bool):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Learner', 'fit']
 
-# %% ../../nbs/train/06_learner.ipynb #9a7b7fdf
+# %% ../../nbs/train/06_learner.ipynb #f4292612
 import json
 import math
 import signal
@@ -19,10 +19,10 @@ import torch
 from ..core.files import append_line
 from ..core.progress import say, track
 from ..core.seed import seeded
-from ..nets.door import fp16_refusal
+from ..nets.door import checkpoint_layers, fp16_refusal
 from ..nets.pretrained import compute_dtype
 from .callbacks import Callbacks, find, flat
-from .checkpoint import frozen_mark, keep_few, learnt, read_newest, remembered, write_checkpoint
+from .checkpoint import adapter_facts, frozen_mark, keep_few, learnt, read_newest, remembered, write_checkpoint
 from .feed import Endless, loader, part
 from .objectives import PlainLoss
 from .optim import make_optimizer
@@ -156,7 +156,7 @@ def _log(l, row):
     l.rows.append(row)
     if l.folder and l.accelerator.is_main_process: append_line(l.folder / 'metrics.jsonl', json.dumps(row))
 
-# %% ../../nbs/train/06_learner.ipynb #a88927a8
+# %% ../../nbs/train/06_learner.ipynb #a6aa0bef
 def _begin(l):
     "Place the model on its device and take up what an earlier attempt left"
     from accelerate import Accelerator
@@ -167,11 +167,13 @@ def _begin(l):
     AcceleratorState._reset_state() # Another run in this process may have used another precision
     l.accelerator = Accelerator(mixed_precision=wanted)
     if l.optimizer is None: l.optimizer = make_optimizer(t.optimizer, l.model, t.lr, weight_decay=t.weight_decay)
+    if t.checkpointing: checkpoint_layers(l.model)
     l._net, l._mover = l.accelerator.prepare(l.model, l.optimizer)
     l.model = l.accelerator.unwrap_model(l._net)
     if t.compile: l._net = torch.compile(l._net)
     l.made_by = dict(training=t.model_dump(mode='json', exclude=FREE), feed=l.feed.fingerprint(), frozen=frozen_mark(l.model),
                      parameters=sum(p.numel() for p in l.model.parameters()))
+    if facts := adapter_facts(l.model): l.made_by['adapter'] = facts
     if l.folder: l.folder.mkdir(parents=True, exist_ok=True)
     if l._saves and not l.feed.resumable: raise ValueError('batches that can be read once cannot be taken up again; give a Feed, or save_every=0')
     found = read_newest(l.folder / 'checkpoints') if l._saves else None

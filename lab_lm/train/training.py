@@ -14,17 +14,18 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from ..core.config import Config
 from .schedules import Schedule
 
-# %% ../../nbs/train/05_training.ipynb #63297ced
+# %% ../../nbs/train/05_training.ipynb #80ad2c32
 class Training(Config):
     "How a model is trained"
     steps:PositiveInt=1000           # Optimiser steps
     lr:PositiveFloat=1e-3            # The highest learning rate
-    optimizer:str='adamw'            # adamw, muon, adam, sgd, rmsprop or adafactor
+    optimizer:str='adamw'            # adamw, muon, adam, sgd, rmsprop, adafactor, adamw8bit or paged_adamw8bit
     schedule:Schedule=Schedule()     # The rate over time
     weight_decay:NonNegativeFloat=.01 # Of the matrices
     clip:NonNegativeFloat=1.0        # Largest norm of the gradient; 0 for any
     accumulate:PositiveInt=1         # Parts that the rows of a step are computed in, one after the other
     precision:Literal['auto', 'fp32', 'bf16', 'fp16']='auto' # auto: bf16 where the machine is fast in it
+    checkpointing:bool=False         # Compute each layer twice instead of keeping its insides: less memory, a third more time
     compile:bool=False               # Let torch.compile fuse the operations; pays on long runs
     evaluate_every:NonNegativeInt=0  # Steps between evaluations; 0 for none
     save_every:NonNegativeInt=0      # Steps between checkpoints; 0 for none
@@ -34,7 +35,7 @@ class Training(Config):
     workers:NonNegativeInt=0         # Processes that make batches ahead
     seed:NonNegativeInt=0            # Of everything random
 
-FREE = {'workers', 'keep', 'compile', 'save_every', 'accumulate'} # What may change when a run goes on
+FREE = {'workers', 'keep', 'compile', 'checkpointing', 'save_every', 'accumulate'} # What may change when a run goes on
 
 # %% ../../nbs/train/05_training.ipynb #a97bca0d
 def label_count(
