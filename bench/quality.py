@@ -7,7 +7,8 @@ minimal pairs is known; pairs whose good sentence stands in the training text ar
 rows of 128 tokens, 8 rows a step, a linear schedule. One thread a process, two processes at a time.
 
 Every finished run is a line of the results file, with what each text and each pair cost; it is not done again. First comes the sweep of the rates
-(causal, seed 0), then the seeds. All modes use the rate that was best for the causal model with Muon.
+(causal, seed 0), then the seeds. Muon moves the matrices of the layers only; everything else keeps AdamW and AdamW's best rate. All modes use the rates
+that were best for the causal model with Muon.
 """
 import argparse
 import json
@@ -26,7 +27,7 @@ import numpy as np
 from pretraining import CACHE, SMALL, tokenizer_of
 
 SEEDS, LENGTH, BATCH, VOCAB, LOOKS = (0, 1, 2), 128, 8, 3000 if SMALL in sys.argv else 8000, 20
-RATES = {'adamw': (3e-3, 6e-3, 1.2e-2), 'muon': (6e-3, 1.2e-2, 2.4e-2)}
+RATES = {'adamw': (3e-3, 6e-3, 1.2e-2), 'muon': (6e-3, 1.2e-2, 2.4e-2, 4.8e-2)}
 SHAPE = dict(layers=4, width=128, heads=4)
 
 
@@ -102,6 +103,7 @@ def one(run):
     from lab_lm.text.rows import PackedRows, tokens_of
     from lab_lm.train.feed import Feed
     from lab_lm.train.learner import Learner
+    from lab_lm.train.optim import make_optimizer
     from lab_lm.train.schedules import Schedule
     from lab_lm.train.training import Training
     torch.set_num_threads(1)
@@ -113,11 +115,13 @@ def one(run):
     steps, watched = max(LOOKS, round(run['tokens'] / BATCH / LENGTH)), causal_rows(tokenizer, held[:60])
 
     def held_out(net): return dict(held_out=float(np.concatenate(causal_nats(net, tokenizer, watched, LENGTH)[0]).mean()))
+    rest = {n: run['rest'] / run['lr'] for n, p in model.named_parameters() if not n.startswith('blocks.') or p.ndim < 2}
     with tempfile.TemporaryDirectory() as folder:
         rows = PackedRows(*read_stream(write_stream(tokens_of(train, tokenizer), f'{folder}/stream', len(tokenizer))), LENGTH)
         training = Training(steps=steps, lr=run['lr'], optimizer=run['optimizer'], weight_decay=.1, schedule=Schedule(name='linear', warmup=.1), seed=run['seed'],
                             evaluate_every=max(1, steps // LOOKS) if run['mode'] == 'causal' else 0)
-        log = Learner(model, Feed(rows, objective(run, tokenizer), BATCH, seed=run['seed']), training, evaluate=held_out if run['mode'] == 'causal' else None).fit()
+        log = Learner(model, Feed(rows, objective(run, tokenizer), BATCH, seed=run['seed']), training, evaluate=held_out if run['mode'] == 'causal' else None,
+                      optimizer=make_optimizer(run['optimizer'], model, run['lr'], weight_decay=.1, rates=rest)).fit()
     looks = [[row['step'] + 1, row['held_out']] for row in log if 'held_out' in row]
     print(json.dumps(dict(run=run, steps=steps, looks=looks, **measure(model, run['mode'], tokenizer, held, pairs))))
 
@@ -184,15 +188,15 @@ def steps_to(looks, loss):
 
 
 def optimisers(results, tokens):
-    "Muon against AdamW, both at their best rates; that of Muon is returned"
-    base = dict(mode='causal', tokens=tokens, share=1.)
-    every = results.need([base | dict(optimizer=o, lr=lr, seed=0) for o in RATES for lr in RATES[o]])
-    final, best = {(r['run']['optimizer'], r['run']['lr']): r['looks'][-1][1] for r in every}, {}
+    "Muon against AdamW, both at their best rates; those of Muon are returned"
+    base, best = dict(mode='causal', tokens=tokens, share=1.), {}
     for o in RATES:
-        best[o] = min(RATES[o], key=lambda lr: final[o, lr])
-        print(f"  {o}: held-out loss by rate: {', '.join(f'{lr:g}: {final[o, lr]:.3f}' for lr in RATES[o])}" + (' (best at the edge of the sweep)' if best[o] in (RATES[o][0], RATES[o][-1]) else ''))
+        every = results.need([base | dict(optimizer=o, lr=lr, rest=best.get('adamw', lr), seed=0) for lr in RATES[o]])
+        final = {r['run']['lr']: r['looks'][-1][1] for r in every}
+        best[o] = min(final, key=final.get)
+        print(f"  {o}: held-out loss by rate: {', '.join(f'{lr:g}: {loss:.3f}' for lr, loss in final.items())}" + (' (best at the edge of the sweep)' if best[o] in (RATES[o][0], RATES[o][-1]) else ''), flush=True)
     names = [(o, tokens) for o in RATES] + [('muon', round(.8 * tokens))]
-    runs = results.need([base | dict(optimizer=o, lr=best[o], seed=s, tokens=t) for o, t in names for s in SEEDS])
+    runs = results.need([base | dict(optimizer=o, lr=best[o], rest=best['adamw'], seed=s, tokens=t) for o, t in names for s in SEEDS])
     adamw, muon, shorter = (runs[i:i + len(SEEDS)] for i in range(0, len(runs), len(SEEDS)))
     for a, m in zip(adamw, muon):
         at = steps_to(m['looks'], a['looks'][-1][1])
@@ -200,13 +204,13 @@ def optimisers(results, tokens):
               + (f"passes AdamW's end after {at:.0f} steps, {at / a['steps']:.0%}" if at else "does not reach AdamW's end"))
     for name, some in (('as many steps', muon), ('80 % of the steps, its own whole schedule', shorter)):
         print('  Muon with {}: bits per byte {:+.2f} % against AdamW [{:+.2f}, {:+.2f}]'.format(name, *relative(some, adamw, 'causal')))
-    return best['muon']
+    return dict(lr=best['muon'], rest=best['adamw'])
 
 
-def modes(results, tokens, share, lr):
+def modes(results, tokens, share, rates):
     "Hybrid against its parents"
     shares = dict(causal=1., masked=0., hybrid=share)
-    runs = results.need([dict(mode=m, tokens=tokens, share=shares[m], optimizer='muon', lr=lr, seed=s) for m in shares for s in SEEDS])
+    runs = results.need([dict(mode=m, tokens=tokens, share=shares[m], optimizer='muon', seed=s, **rates) for m in shares for s in SEEDS])
     causal, masked, hybrid = (runs[i:i + len(SEEDS)] for i in range(0, len(runs), len(SEEDS)))
     for part, parent in (('causal', causal), ('masked', masked)):
         shown = lambda runs: ' '.join(f'{b:.4f}' for b in bits(runs, part))
@@ -245,9 +249,9 @@ def main():
     results = Results(given.out)
     floors(given.tokens)
     print('Muon against AdamW')
-    lr = optimisers(results, given.tokens)
+    rates = optimisers(results, given.tokens)
     print('hybrid against its parents')
-    modes(results, given.tokens, given.share, lr)
+    modes(results, given.tokens, given.share, rates)
     print(f'  {(time.perf_counter() - began) / 60:.1f} minutes; every run: {given.out}')
 
 

@@ -124,6 +124,8 @@ def test_odd_rows(kind, rng):
     tiny = (bell[None] * 3e-5).astype('float32') # Near the end of half precision, where steps are coarse
     assert error(quantise(tiny, kind), kind, tiny) < (.05 if kind.endswith('_K') or kind == 'Q8_0' else .15) * tiny.std() * (2 if kind == 'Q4_K' else 1)
     assert not read(quantise(np.full((1, 512), 1e-12, np.float32), kind), kind).any() # Below half precision: nothing is left
+    edge = rng.choice([-65504., 65504., 65000., 0.], (1, 512)).astype('float32') # The largest that is taken
+    assert np.abs(read(quantise(edge, kind), kind) - edge).max() < 5000
     outlier = np.where(np.arange(512) == 5, 1e4, bell).astype('float32')[None]
     got = read(quantise(outlier, kind), kind)[0]
     assert abs(got[5] - 1e4) < 60 and np.abs(got[256:] - outlier[0, 256:]).max() < .3

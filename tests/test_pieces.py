@@ -266,8 +266,8 @@ def test_gpt4o_really_differs_in_llama_cpp(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match='known to share'): read_pieces(tmp_path, 4000)
     monkeypatch.setitem(PATTERNS, 'gpt-4o', ((pattern,), False))
-    wrong = different(in_a_file(tokenizer, tmp_path)[0], tokenizer, gate_strings(200))
-    assert len(wrong) > 30 and sum(any(unicodedata.category(c)[0] == 'M' for c in s) for s in wrong) > .9 * len(wrong), (len(wrong), wrong[:5])
+    wrong = different(in_a_file(tokenizer, tmp_path)[0], tokenizer, gate_strings(300))
+    assert len(wrong) > 15 and sum(any(unicodedata.category(c)[0] == 'M' for c in s) for s in wrong) > .9 * len(wrong), (len(wrong), wrong[:5])
 
 
 def open_saved(tokenizer, folder):
@@ -292,7 +292,7 @@ def test_a_permuted_vocabulary_and_a_lost_score_give_other_ids(tmp_path):
 
     def permute(w):
         tokens = w.kv_data[0]['tokenizer.ggml.tokens'].value
-        tokens[300], tokens[301] = tokens[301], tokens[300]
+        tokens[261:] = tokens[:260:-1]
 
     def forget(w):
         scores = w.kv_data[0]['tokenizer.ggml.scores'].value

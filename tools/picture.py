@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {'explore/figures/words.png': '01 · words left whole', 'explore/figures/tokenizers.png': '01 · what tokenizers cost',
-         'mlm/figures/bits_per_byte.png': '02 · a masked model and its floors', 'qlora/figures/nf4.png': '03 · what 4 bits do to weights',
+         'mlm/figures/bits_per_byte.png': '02 · a masked model and its floors', 'qlora/figures/files.png': '03 · what a smaller file costs',
          'beir/figures/ndcg.png': '04 · search', 'probes/figures/layers.png': '05 · what the layers know'}
 
 images = [(plt.imread(ROOT / 'models' / 'demo' / name), title) for name, title in SHOWN.items()]

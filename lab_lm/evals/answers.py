@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['question', 'answers', 'distinct', 'share_score', 'answer_scores']
 
-# %% ../../nbs/evals/07_answers.ipynb #8fb41762
+# %% ../../nbs/evals/07_answers.ipynb #2bc08eeb
 import math
 import unicodedata
 
@@ -16,7 +16,7 @@ from .stats import bootstrap
 from ..nets.door import positions_of
 from ..nets.pretrained import quiet
 from ..text.chat import encode_chat
-from ..text.script import BLOCKS, script_fraction, script_of, words
+from ..text.script import BLOCKS, aksharas, script_fraction, script_of
 
 # %% ../../nbs/evals/07_answers.ipynb #56535abc
 def question(
@@ -45,23 +45,23 @@ def _ends(model, tokenizer):
     named = [getattr(tokenizer, 'eos_token_id', None), *(getattr(c, 'eos_token_id', None) for c in (model.config, getattr(model, 'generation_config', None)))]
     return {i for one in named for i in (one if isinstance(one, (list, tuple)) else [one]) if i is not None}
 
-# %% ../../nbs/evals/07_answers.ipynb #f136c777
+# %% ../../nbs/evals/07_answers.ipynb #4cfde74d
 def answers(
     model,              # A causal model of transformers, 4-bit or with an adapter too, or a `Door` to one
     tokenizer,          # Its tokenizer, with a chat template
     chats:list,         # Records with `messages`; the last answer is the one that is wanted
     max_tokens:int=0,   # Most tokens to say; twice the longest right answer when 0
     batch_size:int=16,  # Questions at a time
-)->list[dict]:          # For each chat: id, question, wanted, given, tokens, end (the token it stopped at, or ''), ended (at the template's own)
+)->list[dict]:          # For each chat: id, question, wanted, given, tokens, end (token it stopped at, or ''), ended (at the template's own)
     "What a model answers, most probable token by most probable token"
     model = getattr(model, 'behind', model)
-    if not hasattr(model, 'generate'): raise ValueError(f"{type(model).__name__} cannot generate; give a causal model of transformers, such as `to_twin` of lab_lm.nets.native makes of ours")
+    if not hasattr(model, 'generate'):
+        raise ValueError(f"{type(model).__name__} cannot generate; give a causal model of transformers, such as `to_twin` of lab_lm.nets.native makes of ours")
     pairs, pad = [question(chat, tokenizer) for chat in chats], tokenizer.pad_token_id or 0
     if not pairs: return []
     most, longest = max_tokens or 2 * max(len(wanted) for _, wanted in pairs), max(len(prompt) for prompt, _ in pairs)
     if (limit := positions_of(model)) and longest + most > limit:
-        raise ValueError(f"a question of {longest} tokens and an answer of {most} are more than the {limit} positions of the model; give max_tokens={max(1, limit - longest)} "
-                         "or leave out long questions")
+        raise ValueError(f"{longest} + {most} tokens of question and answer exceed {limit} positions; give max_tokens={max(1, limit - longest)} or less")
     order, said, was = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0])), {}, model.training
     model.eval()
     for k in range(0, len(order), batch_size):
@@ -79,18 +79,18 @@ def _row(chat, said, turn_end, ends, tokenizer):
     return dict(id=chat.get('id', ''), question=asked, wanted=wanted, given=given, tokens=len(said),
                 end='' if end is None else tokenizer.convert_ids_to_tokens(end), ended=end == turn_end)
 
-# %% ../../nbs/evals/07_answers.ipynb #2e124f94
+# %% ../../nbs/evals/07_answers.ipynb #83a12632
 def distinct(
     text:str,  # Any text
-    n:int=2,   # Words in a group
-)->float:      # From 0 to 1; 1 where there are not n words, for nothing is repeated
-    "The share of a text's groups of n words that are different (Li et al. 2016)"
-    if n < 1: raise ValueError(f"a group has at least 1 word, given n={n}")
-    said = words(text)
+    n:int=4,   # Aksharas in a stretch, spaces and signs among them
+)->float:      # From 0 to 1; 1 where there are not n aksharas, for nothing is repeated
+    "The share of a text's stretches of n aksharas that are different (after Li et al. 2016, who counted words)"
+    if n < 1: raise ValueError(f"a stretch has at least 1 akshara, given n={n}")
+    said = aksharas(text)
     groups = list(zip(*(said[i:] for i in range(n))))
     return len(set(groups)) / len(groups) if groups else 1.
 
-# %% ../../nbs/evals/07_answers.ipynb #8380f739
+# %% ../../nbs/evals/07_answers.ipynb #ab1dfaef
 def share_score(
     yes:list,         # True or False for each item
     protocol:str='',  # How it was measured, kept with the score
@@ -99,13 +99,13 @@ def share_score(
     n, z = len(yes), 1.959964
     if not n: raise ValueError("no items to score; skip the measurement and say why")
     p = sum(map(bool, yes)) / n
-    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Score(p, n, min(p, max(0., middle - half)), max(p, min(1., middle + half)), protocol=protocol)
 
-# %% ../../nbs/evals/07_answers.ipynb #a8730a47
+# %% ../../nbs/evals/07_answers.ipynb #832a0d8d
 _RULES = dict(ended="share of answers that stop at the token with which the template ends a turn", exact='share of answers equal to the right one after NFC, outer spaces aside',
               script="mean over answers of the share of letters in the right answer's script; 0 for an answer without letters",
-              distinct='mean over answers of the share of pairs of words that are different')
+              distinct='mean over answers of the share of stretches of four aksharas that are different')
 
 def _measured(rows):
     "What each answer adds to each score, and what the right answer would"
@@ -116,7 +116,7 @@ def _measured(rows):
                  script=[script_fraction(r['given'], s) for r, s in lettered], distinct=[distinct(r['given']) for r in rows])
     return there, dict(script=[script_fraction(r['wanted'], s) for r, s in lettered], distinct=[distinct(r['wanted']) for r in rows])
 
-# %% ../../nbs/evals/07_answers.ipynb #6081bb2a
+# %% ../../nbs/evals/07_answers.ipynb #59d3fd63
 def answer_scores(
     rows:list,         # From `answers`
     before:list=(),    # The same of an earlier model, as a baseline
@@ -125,7 +125,8 @@ def answer_scores(
 )->dict[str, Score]:   # 'ended', 'exact', 'script', 'distinct'; without 'script' where no right answer has letters
     "How answers ended, and how far they are the right ones"
     if not rows: raise ValueError("there are no answers to score; give questions to `answers`")
-    if before and [r['id'] for r in before] != [r['id'] for r in rows]: raise ValueError("the earlier answers are to other questions; give the same chats in the same order")
+    if before and [r['id'] for r in before] != [r['id'] for r in rows]:
+        raise ValueError("the earlier answers are to other questions; give the same chats in the same order")
     (there, ideal), earlier, out = _measured(rows), _measured(before)[0] if before else {}, {}
     for name, values in there.items():
         if not values: continue

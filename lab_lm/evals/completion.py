@@ -11,17 +11,19 @@ from ..core.runs import Score
 from .stats import bootstrap, paired_bootstrap
 from ..text.chat import collate
 
-# %% ../../nbs/evals/06_completion.ipynb #c5176e65
+# %% ../../nbs/evals/06_completion.ipynb #d2dd4bbd
 @torch.no_grad()
 def completion_nats(
     model,              # A causal model
     rows:list,          # Encoded chats, from `encode_chats`
     pad_id:int=0,       # Id of the padding token
-    batch_size:int=16,  # Chats at a time
+    batch_size:int=16,  # Most chats at a time; fewer where their logits would take over a gigabyte
 )->list:                # For each chat, the mean of -ln p over the tokens that carry a label
     "The cost of each answer"
     was, out, device = model.training, [], next(model.parameters()).device
     model.eval()
+    most = 2**28 // (model.get_input_embeddings().weight.shape[0] * max(len(r['input_ids']) for r in rows)) if rows else 1
+    batch_size = max(1, min(batch_size, most))
     for i in range(0, len(rows), batch_size):
         batch = {k: v.to(device) for k, v in collate(rows[i:i + batch_size], pad_id).items()}
         labels = batch.pop('labels')[:, 1:]

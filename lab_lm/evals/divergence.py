@@ -74,14 +74,15 @@ def token_divergence(
     cost = [-x.gather(1, targets[:, None].to(x.device))[:, 0] for x in (p, q)]
     return torch.stack([kl, (p.argmax(-1) == q.argmax(-1)).double(), *cost], 1)
 
-# %% ../../nbs/evals/07_divergence.ipynb #7720645c
+# %% ../../nbs/evals/07_divergence.ipynb #5706a07a
 CHUNK = 2**22 # Logits that are compared at once
 BATCH = 2**28 # Logits that a batch may have
 
 def _vocabulary(reference, model):
     "Rows of the embedding, the same for both"
     sizes = [m.get_input_embeddings().weight.shape[0] for m in (reference, model)]
-    if sizes[0] != sizes[1]: raise ValueError(f"the reference knows {sizes[0]} tokens, the model {sizes[1]}; only models with one tokenizer can be compared")
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the reference knows {sizes[0]} tokens, the model {sizes[1]}; only models with one tokenizer can be compared")
     return sizes[0]
 
 def _window(row, job, before, after):
@@ -118,7 +119,7 @@ def divergence_sums(
                 sums[job[0]] += _window(rows[job[0]], job, before, after)
     return sums
 
-# %% ../../nbs/evals/07_divergence.ipynb #92b5b12b
+# %% ../../nbs/evals/07_divergence.ipynb #a50f3cb3
 VALUES = {'kl': ('kl', 'tokens', 1), 'agreement': ('same', 'tokens', 1), 'loss': ('nats', 'tokens', 1), 'loss_added': ('added', 'tokens', 1),
           'bits_per_byte': ('nats', 'bytes', 1 / math.log(2)), 'bits_added': ('added', 'bytes', 1 / math.log(2))}
 
@@ -135,7 +136,8 @@ def divergence(
     rows = compared_rows(tokenizer, items)
     sums = divergence_sums(reference, model, rows, tokenizer.pad_token_id or 0, max_length, batch_size=batch_size)
     columns = {**dict(zip(SUMS, sums.T)), 'added': sums[:, 4] - sums[:, 3]}
-    rule = f"{int(sums[:, 2].sum())} tokens of {len(rows)} {'texts' if sums[:, 5].any() else 'answers'}; windows of {max_length}; KL of the model from the reference"
+    kind = 'texts' if sums[:, 5].any() else 'answers'
+    rule = f"{int(sums[:, 2].sum())} tokens of {len(rows)} {kind}; windows of {max_length}; KL of the model from the reference"
     out = {}
     for name, (over, under, unit) in VALUES.items():
         if not columns[under].all(): continue

@@ -79,10 +79,10 @@ def _fit_scale(x, w, half):
         for old, new in ((best, XQ * s), (scale, s)): np.copyto(old, new, where=better)
     return scale
 
-# %% ../../nbs/gen/00_blocks.ipynb #2cd326af
+# %% ../../nbs/gen/00_blocks.ipynb #c57107d9
 def _half(values):
     "Rounded to half precision, as the file keeps it"
-    return values.astype(np.float16).astype(np.float32)
+    return np.clip(values, -65504, 65504).astype(np.float16).astype(np.float32)
 
 def _up(values):
     "Rounded to half precision away from 0, so that small scales are multiples of it within their range"

@@ -47,7 +47,21 @@ def check_merges(
                                  "Train a tokenizer that lists every way, as lab_lm.text.tokenize and Gemma do")
     return rank
 
-# %% ../../nbs/gen/01_pieces.ipynb #4f6fd191
+# %% ../../nbs/gen/01_pieces.ipynb #3d138d3d
+def _byte(piece): return len(piece) == 6 and piece.startswith('<0x')
+
+def _table(vocab, added, rows, score=lambda piece: 0.):
+    "One tuple per row; rows without a piece are UNUSED"
+    ids = {**vocab, **{piece: a['id'] for piece, a in added.items()}}
+    last = max(ids.values())
+    if last >= rows: raise ValueError(f"the tokenizer has ids up to {last}, the model only {rows} rows; give the model's own tokenizer")
+    table = [(f'<unused_row_{i}>', 0., 'UNUSED') for i in range(rows)]
+    for piece, i in ids.items():
+        kind = ('CONTROL' if added[piece]['special'] else 'USER_DEFINED') if piece in added else 'BYTE' if _byte(piece) else 'NORMAL'
+        if table[i][2] != 'BYTE': table[i] = piece, score(piece), kind
+    return table
+
+# %% ../../nbs/gen/01_pieces.ipynb #1b518140
 def sentencepiece_table(
     parts:dict,           # A tokenizer's parts
     rows:int,             # Rows of the embedding
@@ -69,20 +83,7 @@ def sentencepiece_table(
                          "llama.cpp would join them where the tokenizer does not. Train on cleaner text or with a higher min_frequency")
     return _table(bpe['vocab'], added, rows, lambda piece: -float(rank.get(piece, len(rank))))
 
-def _byte(piece): return len(piece) == 6 and piece.startswith('<0x')
-
-def _table(vocab, added, rows, score=lambda piece: 0.):
-    "One tuple per row; rows without a piece are UNUSED"
-    ids = {**vocab, **{piece: a['id'] for piece, a in added.items()}}
-    last = max(ids.values())
-    if last >= rows: raise ValueError(f"the tokenizer has ids up to {last}, the model only {rows} rows; give the tokenizer the model was trained with")
-    table = [(f'<unused_row_{i}>', 0., 'UNUSED') for i in range(rows)]
-    for piece, i in ids.items():
-        kind = ('CONTROL' if added[piece]['special'] else 'USER_DEFINED') if piece in added else 'BYTE' if _byte(piece) else 'NORMAL'
-        if table[i][2] != 'BYTE': table[i] = piece, score(piece), kind
-    return table
-
-# %% ../../nbs/gen/01_pieces.ipynb #03b82028
+# %% ../../nbs/gen/01_pieces.ipynb #fa3b737a
 def byte_level_table(
     parts:dict, # A tokenizer's parts
     rows:int,   # Rows of the embedding
@@ -93,10 +94,24 @@ def byte_level_table(
     missing = sorted(set(ByteLevel.alphabet()) - set(bpe['vocab']))
     if missing:
         raise ValueError(f"{len(missing)} bytes have no piece of their own, the first is written {missing[0]!r}; train with the whole byte alphabet")
-    if not bpe['merges']: raise ValueError('the tokenizer has no merges, and llama.cpp wants some for a byte-level one; train with a larger vocabulary')
+    if not bpe['merges']: raise ValueError('the tokenizer has no merges, and llama.cpp wants some where it is byte-level; train a larger one')
     return _table(bpe['vocab'], added, rows), [m if isinstance(m, str) else ' '.join(m) for m in bpe['merges']]
 
-# %% ../../nbs/gen/01_pieces.ipynb #42a856e6
+# %% ../../nbs/gen/01_pieces.ipynb #dec5415c
+def _check_parts(parts, prefix):
+    "Refuse what has no place in a file"
+    model = parts['model']
+    if model['type'] != 'BPE':
+        raise ValueError(f"this tokenizer is a {model['type']}, which llama.cpp would read differently; "
+                         'known: BPE with byte fallback, as Gemma has, and byte-level BPE, as GPT-2')
+    for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
+        if model.get(key): raise ValueError(f"the tokenizer has {key}={model[key]!r}, which llama.cpp does not know; train one without it")
+    for token in parts['added_tokens']:
+        odd = [flag for flag in ('lstrip', 'rstrip', 'single_word') if token[flag]]
+        if token['normalized'] and (prefix or '▁' in token['content']): odd = ['normalized']
+        if odd: raise ValueError(f"the added token {token['content']!r} has {odd[0]}=True, which llama.cpp does not know; add it without")
+
+# %% ../../nbs/gen/01_pieces.ipynb #df4f4b5f
 def read_pieces(
     folder:str, # A model folder with tokenizer.json
     rows:int,   # Rows of the embedding; those without a piece become UNUSED
@@ -117,19 +132,6 @@ def _read(tokenizer, parts, rows):
     if not before['marks']:
         raise ValueError('this tokenizer does not write ▁ for a space, llama.cpp does; train one of kind akshara_bpe, bpe or gpt2')
     return found | dict(model='llama', pre='default', table=sentencepiece_table(parts, rows, tokenizer.backend_tokenizer.pre_tokenizer))
-
-def _check_parts(parts, prefix):
-    "Refuse what has no place in a file"
-    model = parts['model']
-    if model['type'] != 'BPE':
-        raise ValueError(f"this tokenizer is a {model['type']}, which llama.cpp would read differently; "
-                         'known: BPE with byte fallback, as Gemma has, and byte-level BPE, as GPT-2')
-    for key in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix'):
-        if model.get(key): raise ValueError(f"the tokenizer has {key}={model[key]!r}, which llama.cpp does not know; train one without it")
-    for token in parts['added_tokens']:
-        odd = [flag for flag in ('lstrip', 'rstrip', 'single_word') if token[flag]]
-        if token['normalized'] and (prefix or '▁' in token['content']): odd = ['normalized']
-        if odd: raise ValueError(f"the added token {token['content']!r} has {odd[0]}=True, which llama.cpp does not know; add it without")
 
 # %% ../../nbs/gen/01_pieces.ipynb #781529ee
 def token_table(

@@ -32,10 +32,11 @@ WORDS = {name: words.split() for name, words in {
     'kana': '水 むら カタカナ が パーティー ｶﾞ',
     'hang': '물 마을 한국어 안녕하세요'}.items()}
 
-# %% ../../nbs/gen/02_strings.ipynb #9f9b2f09
+# %% ../../nbs/gen/02_strings.ipynb #b15dd389
 _INDIC = dict(deva=0x900, beng=0x980, guru=0xa00, gujr=0xa80, orya=0xb00, taml=0xb80, telu=0xc00, knda=0xc80, mlym=0xd00, sinh=0xd80)
-_CHARS = {name: {kind: [c for c in map(chr, range(start, start + 128)) if unicodedata.category(c) in kinds]
-                 for kind, kinds in (('letters', ('Lo',)), ('signs', ('Mn', 'Mc')), ('digits', ('Nd',)))} for name, start in _INDIC.items()}
+_CHARS = {name: {kind: [c for c in map(chr, range(start, start + 128)) if unicodedata.ucd_3_2_0.category(c) in kinds]
+                 for kind, kinds in (('letters', ('Lo',)), ('signs', ('Mn', 'Mc')))} for name, start in _INDIC.items()}
+_DIGITS = [[chr(start + 0x66 + i) for i in range(10)] for name, start in _INDIC.items() if name != 'sinh']
 
 def _syllable(rng, script):
     "A letter of a block with what may hang on it"
@@ -45,19 +46,20 @@ def _syllable(rng, script):
     while rng.random() < .3: out += virama + rng.choice(('', '', '', '\u200d', '\u200c')) + rng.choice(chars['letters'])
     return out + ''.join(rng.choice(chars['signs']) for _ in range(rng.choice((0, 0, 1, 1, 1, 2))))
 
-# %% ../../nbs/gen/02_strings.ipynb #d62da033
-_SPECIALS = ('<start_of_turn>', '<end_of_turn>', '<bos>', '<eos>', '<pad>', '<unk>', '<s>', '</s>', '<mask>', '<|im_start|>', '<|im_end|>', '<|endoftext|>',
-             '[INST]', '<0x0A>', '▁', '▁▁', '<start_of_turn >', '<END_OF_TURN>', '<unused0>', '<s', '</', '<<s>>', 'Ġ', '##')
-_SPACES = (' ', '  ', '   ', '\t', '\n', '\n\n', '\r\n', '\n\n\n', ' \n ', '\t\t', 
+# %% ../../nbs/gen/02_strings.ipynb #1a9fabc1
+_SPECIALS = ('<start_of_turn>', '<end_of_turn>', '<bos>', '<eos>', '<pad>', '<unk>', '<s>', '</s>', '<mask>',
+             '<|im_start|>', '<|im_end|>', '<|endoftext|>', '[INST]', '<0x0A>', '▁', '▁▁', '<start_of_turn >', '<END_OF_TURN>',
+             '<unused0>', '<s', '</', '<<s>>', 'Ġ', '##')
+_SPACES = (' ', '  ', '   ', '\t', '\n', '\n\n', '\r\n', '\n\n\n', ' \n ', '\t\t',
            '\u00a0', '\u3000', '\u2003', '\u200b', '\u202f', '\ufeff', '\u2028', ' ' * 16, '\n' * 9)
 _EMOJI = ('🙂', '👍🏽', '👩‍👩‍👧‍👦', '🇮🇳', '1️⃣', '❤️', '🏳️‍🌈', '☕', '🕉️', '🧑🏿‍🚀', '💯', '🀄')
-_SIGNS = ('।', '॥', '…', '—', '“', '”', '‘', '«', '₹', '€', '½', '²', '①', '％', '∑', '≤', '→', '☎', '°', '؟', '。', '、', 
+_SIGNS = ('।', '॥', '…', '—', '“', '”', '‘', '«', '₹', '€', '½', '²', '①', '％', '∑', '≤', '→', '☎', '°', '؟', '。', '、',
           '\u00ad', '\ufffd', '\ue000', '\x01', '\x7f', '𝔘', '𐍈', '𑄧', '෴', '“‘', '///', '...', '?!')
 _CODE = ('def {a}(x, *args):\n    return x[{n}] + "{b}"  # {a}\n', '{{"{a}": [{n}, null, "{b}\\n"]}}', '<p class="{a}">{b} &amp; {n}</p>\n',
          'https://example.org/{a}?q={b}&n={n}#top',
          '| {a} | {n} |\n|---|---:|\n| **{b}** | `x` |', 'for (int i = 0; i < {n}; ++i) {{\n\t{a}_{b}(i);\n}}',
          '$ {a} --{b}={n} | sort -u > out.txt', "SELECT '{a}' FROM {b} WHERE id >= {n};",
-         '\\frac{{{n}}}{{2}} \\cdot x^{{{a}}}', '1. {a}\n   - {b}\n2. {n}\n', 
+         '\\frac{{{n}}}{{2}} \\cdot x^{{{a}}}', '1. {a}\n   - {b}\n2. {n}\n',
          'I\'ve {a}, you\'re {b}, they\'d {n}, it\'S', '{a}@{b}.example, +91-{n}')
 
 def _word(rng): return rng.choice(WORDS[rng.choice(list(WORDS))])
@@ -65,12 +67,13 @@ def _word(rng): return rng.choice(WORDS[rng.choice(list(WORDS))])
 def _number(rng):
     "A number as people write it"
     n = rng.choice((rng.randrange(10), rng.randrange(1000), rng.randrange(10**9)))
-    digits = rng.choice([None, None, *(_CHARS[s]['digits'] for s in _INDIC if len(_CHARS[s]['digits']) == 10)])
+    digits = rng.choice([None, None, *_DIGITS])
     text = rng.choice((
-        f'{n}', f'{n:,}', f'{n / 100:.2f}', f'{n % 28 + 1:02d}/{n % 12 + 1:02d}/{1900 + n % 200}', f'{n}%', f'-{n}e{n % 9}', f'{n % 24}:{n % 60:02d}'))
+        f'{n}', f'{n:,}', f'{n / 100:.2f}',
+        f'{n % 28 + 1:02d}/{n % 12 + 1:02d}/{1900 + n % 200}', f'{n}%', f'-{n}e{n % 9}', f'{n % 24}:{n % 60:02d}'))
     return ''.join(digits[int(c)] if digits and c.isdigit() else c for c in text)
 
-# %% ../../nbs/gen/02_strings.ipynb #0b9d957c
+# %% ../../nbs/gen/02_strings.ipynb #7eb142ad
 def _sentence(rng):
     words = WORDS[rng.choice(list(WORDS))]
     return ' '.join(rng.choice(words) for _ in range(rng.randrange(1, 9))) + rng.choice(('', '.', '।', '!', '?', ',', ' ॥'))
@@ -87,6 +90,7 @@ def _run(rng):
 def _decomposed(rng):
     return unicodedata.normalize(rng.choice(('NFD', 'NFKD')), _sentence(rng)) + rng.choice(('', ' क\u093c', ' \u0958', ' e\u0301', ' ﬁ', ' Å'))
 
+# %% ../../nbs/gen/02_strings.ipynb #3d12ca2a
 def _between(parts, most):
     "A maker of words with other things between them, often with nothing else"
     def make(rng):

@@ -150,7 +150,7 @@ def check_base(
         raise ValueError(f"the adapter in {str(adapter)!r} belongs to another base than {str(at)!r}; it was trained on {trained}")
     return facts
 
-# %% ../../nbs/nets/02_adapters.ipynb #5f92c52e
+# %% ../../nbs/nets/02_adapters.ipynb #666f8c82
 def load_adapter(
     model,                # The base: from `tuning_base`, `four_bit` or `load_model`
     folder:str,           # Folder of an adapter
@@ -167,7 +167,8 @@ def load_adapter(
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"the adapter in {str(folder)!r} belongs to another base: {str(error).strip().splitlines()[-1].strip()}") from error
     different = _different(tuned, folder)
-    if different: raise ValueError(f"the adapter in {str(folder)!r} does not fit: {len(different)} tensors are only in the file or only in the model, first {different[0]}")
+    if different:
+        raise ValueError(f"the adapter in {str(folder)!r} does not fit: {len(different)} tensors are not the same here and in the file, first {different[0]}")
     return tuned.eval()
 
 def _different(tuned, folder):

@@ -55,7 +55,7 @@ def merge_matrix(
     merged = weight + (part['B'] @ part['A']) * part['scale']
     return merged if part['rows'] is None else (part['rows'] / torch.linalg.norm(merged, dim=1))[:, None] * merged
 
-# %% ../../nbs/nets/03_merge.ipynb #afc7c410
+# %% ../../nbs/nets/03_merge.ipynb #91f6b1ee
 def _layers(folder):
     "Name of each linear layer but the last to whether its matrix lies [inputs, outputs], as in GPT-2"
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -72,7 +72,8 @@ def _keys(files, layers):
     for name in layers:
         wanted = f'.{name}.weight'
         found = [k for k in files if f'.{k}' == wanted] or [k for k in files if f'.{k}'.endswith(wanted) or wanted.endswith(f'.{k}')]
-        if len(found) != 1: raise ValueError(f"the base has {len(found)} matrices for the layer {name}, not 1; the adapter belongs to another base, or only peft can merge it")
+        if len(found) != 1:
+            raise ValueError(f"the base has {len(found)} matrices for the layer {name}, not 1; the adapter belongs to another base, or only peft can merge it")
         out[name] = found[0]
     return out
 
@@ -116,7 +117,7 @@ def _write(source, path, changes, dtype):
             for piece in _pieces(part, changes.get(name)):
                 out.write(piece.to(types[name]).contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-# %% ../../nbs/nets/03_merge.ipynb #dc7d31e8
+# %% ../../nbs/nets/03_merge.ipynb #831e68b8
 PATHS = ('full', 'nf4', 'apart')
 
 def _changes(folder, adapter, settings, path):
@@ -132,7 +133,8 @@ def _changes(folder, adapter, settings, path):
             weight = turned(weight)
             if path == 'nf4': weight = nf4_round(weight.to(device), compute_dtype()).cpu()
             try: return turned(merge_matrix(weight, parts[name])) if name in parts else turned(weight)
-            except RuntimeError as error: raise ValueError(f"the adapter belongs to another base: {name} is {list(weight.shape)} here ({error})") from error
+            except RuntimeError as error:
+                raise ValueError(f"the adapter belongs to another base: {name} is {list(weight.shape)} here ({error})") from error
         return changed
     return {key: change(name) for name, key in names.items()}
 

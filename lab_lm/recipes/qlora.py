@@ -103,7 +103,7 @@ def run(
         write_card(run.model_dir, card, run.scores, run.path)
     return run
 
-# %% ../../nbs/03_gemma_qlora.ipynb #57affc8c
+# %% ../../nbs/03_gemma_qlora.ipynb #66ad5cd4
 def _data(cfg):
     "Chats and texts, each in train, validation and test, and what there is to say about them"
     lost = Counter()
@@ -125,13 +125,12 @@ def _base(run, cfg, records):
     run.note(f'The base is a Gemma 3 of two layers, made by configuration and trained on {len(records)} texts for {cfg.pretrain_steps} steps. It is far too small to know anything; what counts is that all parts agree.')
     folder = run.path / 'checkpoints' / 'base'
     if folder.exists(): return str(folder) # Made by an attempt that was cut off later
-    run.say(f'making a tiny Gemma 3 and letting it read {len(records)} texts')
     with whole_folder(folder) as part:
         save_tiny_gemma(part, [r.text for r in records], 1536, cfg.seed, hidden=256, heads=8, kv_heads=2, intermediate_size=512) # Rows of 256, so that every type fits
         model, tokenizer = load_model(part)
         rows = encode_texts([r.text for r in records], tokenizer) + encode_chats(continue_chats(records), tokenizer, 128)[0]
         training = Training(steps=cfg.pretrain_steps or 1, lr=2e-2, optimizer='muon', weight_decay=.1, precision='fp32', seed=cfg.seed)
-        if cfg.pretrain_steps: Learner(model, Endless(chat_batches(rows, tokenizer.pad_token_id, 16, cfg.seed)), training, label='pre-training').fit()
+        if cfg.pretrain_steps: Learner(model, Endless(chat_batches(rows, tokenizer.pad_token_id, 16, cfg.seed)), training, label='reading').fit()
         with quiet(): model.cpu().save_pretrained(part)
     return str(folder)
 

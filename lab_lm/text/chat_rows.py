@@ -14,7 +14,7 @@ import torch
 
 from .rows import mixed, permuted
 
-# %% ../../nbs/text/14_chat_rows.ipynb #28e23bca
+# %% ../../nbs/text/14_chat_rows.ipynb #8e745202
 def flat_chats(
     rows:list,   # Encoded chats: `input_ids`, and `labels` of the same length, -100 where nothing is learned
     length:int,  # Most tokens of a chat
@@ -24,7 +24,8 @@ def flat_chats(
     for i, row in enumerate(rows):
         ids, labels, name = row['input_ids'], row['labels'], f"chat {row.get('id') or i}"
         if len(ids) != len(labels): raise ValueError(f"{name} has {len(ids)} tokens and {len(labels)} labels; give as many")
-        if len(ids) > length: raise ValueError(f"{name} has {len(ids)} tokens, a row {length}; encode the chats with max_length={length}, or give a greater length")
+        if len(ids) > length:
+            raise ValueError(f"{name} has {len(ids)} tokens, a row {length}; encode the chats with max_length={length}, or give a greater length")
         if any(label not in (-100, token) for token, label in zip(ids, labels)):
             raise ValueError(f"{name} has a label that is not the token at its place; labels stand where their tokens are, not one place before")
         if not any(label != -100 for label in labels[1:]): raise ValueError(f"{name} has no token to learn; leave it out")
@@ -47,7 +48,7 @@ def best_fit(
         if left > size: insort(begun, (left - size, b))
     return bins
 
-# %% ../../nbs/text/14_chat_rows.ipynb #5a2cbe24
+# %% ../../nbs/text/14_chat_rows.ipynb #85e2a7fb
 class ChatRows:
     "Whole chats in packed or padded rows; any batch is a function of its number and the seed"
     def __init__(self,
@@ -64,7 +65,7 @@ class ChatRows:
         if not 0 <= share <= 1: raise ValueError(f"a share lies between 0 and 1, given {share}")
         return max(1, int(share * (len(self.bounds) - 1) + 1e-9))
 
-    def planned(self, size:int, share:float=1.)->tuple: # Chats from long to short, first place and number of those each may trade with, places in each row or batch
+    def planned(self, size:int, share:float=1.)->tuple: # Chats by length, first place and number of those each trades with, places in each row or batch
         "Who may stand where; kept until size or share change"
         n = self.texts(share)
         if self.made[0] == (size, n): return self.made[1]
