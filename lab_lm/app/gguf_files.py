@@ -23,7 +23,7 @@ class ProveConfig(Config):
     lang:str='all'           # Language code such as hi, ta or en; all: as the records say
     depth:Literal['quick', 'full']='full' # How much is compared; full takes a minute for a small model
 
-# %% ../../nbs/app/00_gguf_files.ipynb #b2af25a1
+# %% ../../nbs/app/00_gguf_files.ipynb #05f4c98d
 class ExportConfig(Config):
     "What an export can be told"
     model:str=''             # Model folder, made by save_pretrained
@@ -31,9 +31,10 @@ class ExportConfig(Config):
     out:str=''               # Folder for the files; empty for the model's own
     data:str='data/samples'  # File or folder of texts in the user's language, for bits per byte and as prompts; empty for none
     lang:str='all'           # Language code such as hi, ta or en; all: as the records say
+    importance:bool=True     # Weigh the columns of files below 8 bits by half of the texts; the other half is for the proof
     depth:Literal['quick', 'full']='quick' # How much is compared
 
-# %% ../../nbs/app/00_gguf_files.ipynb #2612b376
+# %% ../../nbs/app/00_gguf_files.ipynb #5eb3c41c
 def proof_row(
     record:dict, # From `prove`
 )->dict:         # file, type, megabytes, verdict, and the measures a file has
@@ -43,6 +44,14 @@ def proof_row(
                 strings=record['strings'], greedy=f"{record.get('equal', 0)}/{record.get('tokens', 0)}", unexplained=record.get('unexplained'), kl=record.get('kl'), bits_per_byte=cost)
 
 def _texts(cfg): return [r.text for r in read_records(cfg.data, cfg.lang)] if cfg.data else []
+
+def _importance(folder, quants, texts):
+    "How much each column counts on texts of the user's language; None where no file needs it"
+    if not texts or not {q for q in quants if q.endswith(('_k', '_k_m'))}: return None
+    from lab_lm.gen.importance import importance
+    from lab_lm.nets.pretrained import load_model
+    say(f'measuring the importance of columns on {len(texts)} texts')
+    return importance(*load_model(folder), texts)
 
 def _folder(cfg):
     if not cfg.model: raise ValueError('which model? give model=<folder made by save_pretrained>')
@@ -64,18 +73,22 @@ def prove_files(
         out.append(prove(file, folder, texts, cfg.depth, strict=False))
     return out
 
-# %% ../../nbs/app/00_gguf_files.ipynb #75e7bd2e
+# %% ../../nbs/app/00_gguf_files.ipynb #81494c14
 def export_files(
     cfg:ExportConfig, # Settings
 )->list:              # A record a file; ValueError for unknown quants
     "Write a model folder as GGUF files, and prove each"
+    from lab_lm.gen.companions import write_companions
     from lab_lm.gen.gguf import write_gguf
     from lab_lm.gen.mixtures import QUANTS
     from lab_lm.gen.prove import prove
     folder, quants = _folder(cfg), [q.strip() for q in cfg.quants.split(',') if q.strip()]
     if not quants or set(quants) - QUANTS.keys(): raise ValueError(f"quants={cfg.quants!r} names an unknown type; known: {', '.join(QUANTS)}")
     out, texts, records = Path(cfg.out) if cfg.out else folder, _texts(cfg), []
+    weighed = _importance(folder, quants, texts[::2]) if cfg.importance else None
     for quant in quants:
         say(f'writing {folder.name}-{quant}.gguf')
-        records.append(prove(write_gguf(folder, out / f'{folder.name}-{quant}.gguf', quant), folder, texts, cfg.depth, strict=False))
+        file = write_gguf(folder, out / f'{folder.name}-{quant}.gguf', quant, weighed)
+        records.append(prove(file, folder, texts[1::2] if weighed else texts, cfg.depth, strict=False))
+        if records[-1]['passed']: write_companions(file, folder)
     return records

@@ -27,7 +27,7 @@ def _refuse(name, wrong):
     "One line for all that llama.cpp would compute differently"
     if any(wrong): raise ValueError(f"llama.cpp's {name} does not know: {', '.join(w for w in wrong if w)}; this model cannot be written as a GGUF file")
 
-# %% ../../nbs/gen/01_architectures.ipynb #27e233d4
+# %% ../../nbs/gen/01_architectures.ipynb #7d281cde
 def gemma3_settings(
     config,  # A Gemma3TextConfig
 )->dict:     # llama.cpp's key, without 'gemma3.' before it, to value; ValueError naming what it would compute differently
@@ -44,8 +44,8 @@ def gemma3_settings(
         rope['rope_type'] not in ('default', 'linear') and f"rope_type={rope['rope_type']}",
         local['rope_type'] != 'default' and f"rope_type={local['rope_type']} in sliding layers"])
     scaling = {'rope.scaling.type': 'linear', 'rope.scaling.factor': float(rope['factor'])} if rope['rope_type'] == 'linear' else {}
-    return {**_sizes(config), 'rope.freq_base': float(rope['rope_theta']), 'rope.freq_base_swa': float(local['rope_theta']), **scaling,
-            'attention.sliding_window': config.sliding_window, 'attention.sliding_window_pattern': period}
+    windows = {'rope.freq_base_swa': float(local['rope_theta']), 'attention.sliding_window': config.sliding_window, 'attention.sliding_window_pattern': period}
+    return {**_sizes(config), 'rope.freq_base': float(rope['rope_theta']), **scaling, **(windows if period != 1 else {})} # llama.cpp breaks down over windows no layer has
 
 # %% ../../nbs/gen/01_architectures.ipynb #96b1a495
 def llama_settings(

@@ -205,7 +205,7 @@ def _weighting(importance, cols):
     mean = float(importance.mean(dtype=np.float64))
     return np.maximum(importance / mean, 1e-3).astype(np.float32) if mean else np.ones(cols, np.float32)
 
-# %% ../../nbs/gen/00_blocks.ipynb #072a77fd
+# %% ../../nbs/gen/00_blocks.ipynb #39ef3a9b
 def quantise(
     values:np.ndarray,          # float32 [rows, cols]; one row where it has one dimension
     kind:str,                   # A key of `BLOCKS`; cols must be a multiple of its block
@@ -217,7 +217,7 @@ def quantise(
     (rows, cols), (block, size) = values.shape, BLOCKS[kind]
     if cols % block: raise ValueError(f"{kind} needs rows that are a multiple of {block}, these have {cols}; `lab_lm.gen.mixtures` says what to take")
     most = max(values.max(initial=0), -values.min(initial=0))
-    if not most <= LARGEST.get(kind, 65504): raise ValueError(f"the largest weight is {most}, more than {kind} holds; was training stopped by an overflow?")
+    if not most <= LARGEST.get(kind, 65504): raise ValueError(f"the largest weight is {most}, more than {kind} holds; did training overflow?")
     if kind not in _WAYS: return _plain(values, kind)
     blocks, weights, step = values.reshape(-1, block), _weighting(importance, cols).reshape(-1, block), 65536 // block
     out = np.empty((len(blocks), size), np.uint8)

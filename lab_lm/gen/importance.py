@@ -13,7 +13,7 @@ import torch
 
 from ..core.files import write_atomic
 
-# %% ../../nbs/gen/01_importance.ipynb #599eaa5e
+# %% ../../nbs/gen/01_importance.ipynb #4da8982f
 @torch.no_grad()
 def importance(
     model,              # A causal model of transformers, adapters merged
@@ -25,7 +25,7 @@ def importance(
     "The mean square of every input of every linear layer"
     layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     if not layers: raise ValueError(f'{type(model).__name__} has no linear layer; give a model of transformers')
-    if hasattr(model, 'peft_config'): raise ValueError('this model carries an adapter; merge it first, for it is the merged matrices that are quantised')
+    if hasattr(model, 'peft_config'): raise ValueError('this model carries an adapter; merge it first: the merged matrices are quantised')
     sums, seen, was = {name: torch.zeros(m.in_features, dtype=torch.float64) for name, m in layers.items()}, 0, model.training
     def listen(name, x): sums[name] += x.flatten(0, -2).float().square().sum(0).double().cpu()
     hooks = [m.register_forward_pre_hook(lambda _, given, name=name: listen(name, given[0])) for name, m in layers.items()]

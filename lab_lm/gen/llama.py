@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Llama', 'llama_ids', 'llama_chat', 'llama_greedy', 'llama_logprobs', 'llama_next']
 
-# %% ../../nbs/gen/03_llama.ipynb #05fdd8c0
+# %% ../../nbs/gen/03_llama.ipynb #55b0b336
 import ctypes
 import http.client
 import json
@@ -19,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-# %% ../../nbs/gen/03_llama.ipynb #c4595ec0
+from .read import gguf_contents
+
+# %% ../../nbs/gen/03_llama.ipynb #1d85b7d9
 class Llama:
     "A GGUF file opened in llama.cpp on the CPU; use it in a `with` block"
     def __init__(self,
@@ -36,6 +38,7 @@ class Llama:
         where = self._server.listening_address
         self._line = _Socket(where[7:]) if where.startswith('unix://') else http.client.HTTPConnection(where.split('//')[1])
         self._library = None
+        _ask(self, 'completion', prompt=[0], n_predict=1) # A server that is closed before its first work never ends
 
     def __enter__(self): return self
     def __exit__(self, *_):
@@ -222,13 +225,14 @@ def llama_logprobs(
     logits -= logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits, dtype=np.float64).sum(-1, keepdims=True)).astype(np.float32)
 
-# %% ../../nbs/gen/03_llama.ipynb #2981d71c
+# %% ../../nbs/gen/03_llama.ipynb #24ac96b4
 def llama_next(
     llama,    # An open `Llama`
     ids:list, # Token ids so far
 )->np.ndarray: # Natural logs of the probabilities of every piece, float32 [pieces]
     "The distribution of the next token, as the server tells it"
-    rows = _ask(llama, 'completion', prompt=list(ids), n_predict=1, temperature=0, n_probs=1 << 20, cache_prompt=True, ignore_eos=False)
+    stop = gguf_contents(llama.path).fields.get('tokenizer.ggml.eos_token_id', 0)
+    rows = _ask(llama, 'completion', prompt=list(ids), n_predict=1, temperature=0, n_probs=1 << 20, cache_prompt=True, logit_bias=[[stop, 1e4]])
     top = rows['completion_probabilities'][0]['top_logprobs']
     out = np.empty(len(top), np.float32)
     out[[c['id'] for c in top]] = [c['logprob'] for c in top]

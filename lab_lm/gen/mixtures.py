@@ -12,10 +12,10 @@ import re
 from ..core.config import did_you_mean
 from .blocks import BLOCKS
 
-# %% ../../nbs/gen/01_mixtures.ipynb #c6386d37
+# %% ../../nbs/gen/01_mixtures.ipynb #d58eea58
 QUANTS = { # Recipe -> type of most matrices
     'f32': 'F32', 'f16': 'F16', 'bf16': 'BF16', 'q8_0': 'Q8_0', 'q6_k': 'Q6_K', 'q5_k_m': 'Q5_K', 'q4_k_m': 'Q4_K'}
-FILE_TYPES = {quant: 'ALL_F32' if quant == 'f32' else f'MOSTLY_{quant.upper()}' for quant in QUANTS} # Recipe -> name of the file type in llama.cpp
+FILE_TYPES = {quant: 'ALL_F32' if quant == 'f32' else f'MOSTLY_{quant.upper()}' for quant in QUANTS} # Recipe -> llama.cpp's file type
 
 # %% ../../nbs/gen/01_mixtures.ipynb #b53ea583
 def more_bits(

@@ -164,7 +164,7 @@ def _finite(value):
     if isinstance(value, (list, tuple)): return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../../nbs/gen/05_prove.ipynb #23f48868
+# %% ../../nbs/gen/05_prove.ipynb #74337f88
 def _examine(path, folder, model, tokenizer, e, pairs, texts, how):
     "Open the file and fill in the evidence; returns the prompts' rows, the costs of the texts, and the route of the numbers"
     import torch
@@ -174,7 +174,7 @@ def _examine(path, folder, model, tokenizer, e, pairs, texts, how):
     rounded = _rounded(model, path, folder) if e['type'] not in LIMITS and not e['tensors']['differ'] else None
     window = min(256, model.config.get_text_config().max_position_embeddings)
     context = max(window, 2 * how.tokens + max(len(ids) + len(follow) for _, ids, follow in pairs))
-    try: llama = Llama(path, context, max(1, torch.get_num_threads()), careful=True)
+    try: llama = Llama(path, context, max(1, torch.get_num_threads()), careful=bool(how is DEPTHS['full'] or e['settings'] or e['tensors']['differ']))
     except ValueError as error: e['loads'], e['wrong'] = False, [str(error)]
     else:
         with llama:

@@ -12,7 +12,7 @@ from pathlib import Path
 from .read import gguf_contents
 from .tensors import times_merged
 
-# %% ../../nbs/gen/04_signatures.ipynb #93cc2b70
+# %% ../../nbs/gen/04_signatures.ipynb #2ea2833a
 SETTINGS = { # Key of the file, without the architecture before it -> what is wrong where it differs
     'rope.freq_base': 'rope base changed', 'rope.freq_base_swa': 'local rope base lost', 'attention.sliding_window_pattern': 'sliding pattern wrong',
     'attention.sliding_window': 'sliding window wrong', 'rope.scaling.factor': 'rope scaling wrong', 'attention.layer_norm_rms_epsilon': 'epsilon of the norms wrong',
@@ -23,10 +23,9 @@ def expected_settings(
 )->dict:    # Key of `SETTINGS` -> value; only those the configuration has
     "The settings a file should have"
     rope = getattr(config, 'rope_parameters', None) or {}
-    full, local = rope.get('full_attention', rope), rope.get('sliding_attention', {})
-    kinds = getattr(config, 'layer_types', None) or []
+    full, local, kinds = rope.get('full_attention', rope), rope.get('sliding_attention', {}), getattr(config, 'layer_types', None) or []
     period = next((i + 1 for i, kind in enumerate(kinds) if kind == 'full_attention'), 0) if 'sliding_attention' in kinds else None
-    found = {'rope.freq_base': full.get('rope_theta'), 'rope.freq_base_swa': local.get('rope_theta'), 'rope.scaling.factor': full.get('factor', 1.),
+    found = {'rope.freq_base': full.get('rope_theta'), 'rope.freq_base_swa': local.get('rope_theta') if period is not None else None, 'rope.scaling.factor': full.get('factor', 1.),
              'attention.sliding_window_pattern': period, 'attention.sliding_window': getattr(config, 'sliding_window', None) if period is not None else None,
              'attention.layer_norm_rms_epsilon': getattr(config, 'rms_norm_eps', None), 'attention.head_count': config.num_attention_heads,
              'attention.head_count_kv': getattr(config, 'num_key_value_heads', None), 'attention.key_length': getattr(config, 'head_dim', None),

@@ -134,7 +134,7 @@ def _base(run, cfg, records):
         with quiet(): model.cpu().save_pretrained(part)
     return str(folder)
 
-# %% ../../nbs/03_gemma_qlora.ipynb #dd0cd70b
+# %% ../../nbs/03_gemma_qlora.ipynb #56db8d84
 def _tune(run, cfg, base, chats):
     "Train an adapter beside the frozen base; returns the model, the tokenizer and the encoded chats"
     run.say('loading the base')
@@ -146,7 +146,7 @@ def _tune(run, cfg, base, chats):
         rows[name], dropped = encode_chats(part, tokenizer, cfg.max_length, cfg.too_long, cfg.learn)
         if dropped: run.note(f'{dropped} of {len(part)} chats ({name}) were longer than {cfg.max_length} tokens and were left out.')
     run.table('labels', label_table(min(rows['train'], key=lambda r: len(r['input_ids'])), tokenizer), 'The shortest training chat, token by token: what is learned and what is only read')
-    ask = lambda: (_nats(model, rows['test'], tokenizer), answers(model, tokenizer, chats['test'], cfg.say))
+    ask = lambda: (completion_nats(model, rows['test'], tokenizer.pad_token_id), answers(model, tokenizer, chats['test'], cfg.say))
     before = ask()
     with seeded(cfg.seed): model = add_lora(model, cfg.rank, cfg.alpha, cfg.dropout, cfg.targets)
     _learn(run, cfg, model, tokenizer, rows)
@@ -154,12 +154,7 @@ def _tune(run, cfg, base, chats):
     save_adapter(model, run.path / 'checkpoints' / 'adapter', base)
     return model, tokenizer, rows
 
-def _nats(model, rows, tokenizer):
-    "The cost of each answer, in batches whose logits fit into a gigabyte"
-    most = 2**28 // (len(tokenizer) * max(len(r['input_ids']) for r in rows))
-    return completion_nats(model, rows, tokenizer.pad_token_id, max(1, min(16, most)))
-
-# %% ../../nbs/03_gemma_qlora.ipynb #e86c06e9
+# %% ../../nbs/03_gemma_qlora.ipynb #3baf70d6
 def _learn(run, cfg, model, tokenizer, rows):
     "Train, or go on, and keep the adapter that was best on the validation chats"
     steps, door = cfg.steps or STEPS[cfg.size], Door(model, tokenizer, cfg.max_length)
@@ -167,14 +162,14 @@ def _learn(run, cfg, model, tokenizer, rows):
     run.say(f"training an adapter on {len(rows['train'])} chats for {steps} steps")
     training = Training(steps=steps, lr=cfg.lr or (1e-2 if cfg.size == 'tiny' else 2e-4), optimizer=cfg.optimizer, accumulate=cfg.accumulate, checkpointing=cfg.checkpointing,
                         evaluate_every=max(1, steps // 6), save_every=max(1, steps // 6), metric='validation', seed=cfg.seed)
-    watch = lambda m: dict(validation=fmean(_nats(getattr(m, 'behind', m), rows['validation'], tokenizer)))
+    watch = lambda m: dict(validation=fmean(completion_nats(getattr(m, 'behind', m), rows['validation'], tokenizer.pad_token_id)))
     learner = Learner(door, Feed(chats, Answers(), cfg.batch_size, cfg.seed), training, run.path, watch, [Guards(), Printer(), Throughput(run.path), LiveCurve('validation')])
     learner.fit()
     if learner.best['step'] == learner.step: return
     run.note(f"The adapter of step {learner.best['step']} is kept, which was better on the validation chats than the last one.")
     put_back(learner.model, read_checkpoint(run.path / 'checkpoints' / f"step-{learner.best['step']:08d}")[0])
 
-# %% ../../nbs/03_gemma_qlora.ipynb #a63ec0d2
+# %% ../../nbs/03_gemma_qlora.ipynb #1cfe3f51
 def _merge(run, cfg, base, tuned, tokenizer, rows, texts):
     "Measure every way to merge, and keep one"
     table, chosen, adapter = [], {}, run.path / 'checkpoints' / 'adapter'
@@ -182,7 +177,7 @@ def _merge(run, cfg, base, tuned, tokenizer, rows, texts):
         run.say(f'merging ({path}) and measuring')
         with tempfile.TemporaryDirectory(prefix='.merged-', suffix='.part', dir=run.path / 'checkpoints') as folder:
             model = load_model(merge_lora(base, adapter, f'{folder}/{path}', path))[0].to(next(tuned.parameters()).device)
-            nats = {name: _nats(model, rows[name], tokenizer) for name in ('validation', 'test')}
+            nats = {name: completion_nats(model, rows[name], tokenizer.pad_token_id) for name in ('validation', 'test')}
             found = divergence(tuned, model, tokenizer, texts, cfg.seed)
         run.score(f'completion_loss/{path}', bootstrap(nats['test'], cfg.seed, protocol=f'{path}, fp32, on the same chats as completion_loss'))
         for name in ('kl', 'bits_per_byte'): run.score(f'{name}/{path}', found[name])
