@@ -13,7 +13,7 @@ from transformers import (AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextCon
 import lab_lm.nets.merge as merge_module
 from lab_lm.evals.causal import causal_rows, windows
 from lab_lm.evals.divergence import best_of, compared_rows, divergence, divergence_sums, divergences
-from lab_lm.nets.adapters import add_lora, base_mark, check_base, linear_names, load_adapter, read_adapter, save_adapter, trainable_share
+from lab_lm.nets.adapters import add_lora, base_mark, linear_names, load_adapter, read_adapter, save_adapter, trainable_share
 from lab_lm.nets.merge import merge_lora
 from lab_lm.nets.pretrained import compute_dtype, four_bit, four_bit_refusal, keep_packing, load_model, model_folder, nf4_error, nf4_round, quiet, tuning_base
 from lab_lm.nets.tiny import tiny_gemma_tokenizer

@@ -316,7 +316,7 @@ def test_labels_of_other_collators_are_seen_through(gemma, rng):
     assert row_findings(rows, gemma, ends) == []
     for name, change in planted.items():
         found = row_findings(broken(change), gemma, ends, len(gemma))
-        assert name in {f['finding'] for f in found} and f'10 of 10' in found[0]['told'], (name, found)
+        assert name in {f['finding'] for f in found} and '10 of 10' in found[0]['told'], (name, found)
     cut = [dict(input_ids=r['input_ids'][:-1], labels=r['labels'][:-1]) for r in rows if r['labels'][-2] != -100]
     assert {f['finding'] for f in row_findings(cut, gemma, ends)} == {'end is not learned'}
 

@@ -4,7 +4,6 @@ import socket
 
 import pytest
 
-from lab_lm.core.paths import find
 from lab_lm.text.corpus import to_jsonl
 from lab_lm.text.funnel import funnel
 from lab_lm.text.sources import iter_records, read_records

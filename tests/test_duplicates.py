@@ -12,7 +12,7 @@ import pytest
 
 from lab_lm.core.paths import shared_data
 from lab_lm.text.duplicates import band_keys, duplicates, merge, near_duplicates, near_duplicates_lsh, rows_for, signatures
-from lab_lm.text.leaks import evaluation_texts, held_out, leaks
+from lab_lm.text.leaks import evaluation_texts, held_out
 from lab_lm.text.shingles import jaccard, piece_hashes, plain_words, shingle_hashes, shingles
 from lab_lm.text.sources import read_records
 from lab_lm.text.tiny import pocket_corpus

@@ -3,7 +3,6 @@ import bz2
 import gzip
 import lzma
 import random
-import re
 import subprocess
 import sys
 import textwrap

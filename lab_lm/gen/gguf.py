@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLOATS', 'packed', 'encoded', 'write_gguf']
 
-# %% ../../nbs/gen/02_gguf.ipynb #b5c6c161
+# %% ../../nbs/gen/02_gguf.ipynb #df023277
 import os
 import shutil
 import struct
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from .architectures import ARCHITECTURES, architecture_of, changed, places, rope_divisors
-from .blocks import BLOCKS, quantise
+from .architectures import architecture_of, changed, places, rope_divisors
+from .blocks import quantise
 from .mixtures import FILE_TYPES, QUANTS, size_of, types_for
 from .pieces import write_tokenizer
 from .read import SCALARS

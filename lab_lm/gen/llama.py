@@ -193,7 +193,7 @@ class _Library:
             b.seq_id[i][0] = 0
         return sum(b.logits[i] for i in range(len(part)))
 
-# %% ../../nbs/gen/03_llama.ipynb #2c2241fd
+# %% ../../nbs/gen/03_llama.ipynb #0e84fa9f
 def _open_library(llama):
     "The file of a `Llama` in the library; None where the library cannot be called"
     lib = _interface()
@@ -204,7 +204,7 @@ def _open_library(llama):
     model = lib.llama_model_load_from_file(str(llama.path).encode(), params)
     if not model: raise ValueError(f"llama.cpp cannot load {llama.path.name}; is it a whole GGUF file?")
     params = lib.llama_context_default_params()
-    params.words[0], params.words[1], params.words[2], params.words[found['flash']] = llama.context, _STEP, _STEP, 0
+    params.words[0], params.words[1], params.words[2], params.words[found['flash']] = max(llama.context, _STEP), _STEP, _STEP, 0
     for place, value in (('threads', llama.threads), ('types', 0)): params.words[found[place]] = params.words[found[place] + 1] = value
     context = lib.llama_init_from_model(model, params)
     if not context or (lib.llama_n_batch(context), lib.llama_n_threads(context)) != (_STEP, llama.threads):

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['ROUNDING', 'tensor_differences', 'times_merged', 'file_weights']
 
-# %% ../../nbs/gen/03_tensors.ipynb #4c974f97
+# %% ../../nbs/gen/03_tensors.ipynb #3e31fc3a
 import math
-from pathlib import Path
 
 import numpy as np
 

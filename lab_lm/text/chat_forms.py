@@ -6,9 +6,10 @@
 __all__ = ['CHAT_FORMS', 'SPEAKERS', 'form_of_chat', 'to_chat', 'read_chats', 'qa_chats', 'continue_chats', 'make_chats',
            'gather_chats']
 
-# %% ../../nbs/text/12_chat_forms.ipynb #18604fa5
+# %% ../../nbs/text/12_chat_forms.ipynb #96bd3786
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from .chat import check_chat, one_turn
 from .script import LANG_SCRIPT, sentences
