@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['STYLE', 'proof_page']
 
-# %% ../../nbs/gen/04_page.ipynb #674ea9b7
+# %% ../../nbs/gen/04_page.ipynb #bdb4dd4b
 from html import escape
 
-# %% ../../nbs/gen/04_page.ipynb #e88910e1
+from ..text.script import graphemes
+
+# %% ../../nbs/gen/04_page.ipynb #cb6c5439
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:44rem;margin:1.5rem auto;padding:0 1rem;color:#222;background:#fff}
 h1{font-size:1.3rem;overflow-wrap:anywhere} h2{font-size:1.05rem;margin-top:1.6rem}
 .verdict{padding:.7rem 1rem;border-left:.4rem solid #2a7;background:#eef8f2} .refused .verdict{border-color:#c33;background:#fbeeee}
 .wide{overflow-x:auto} table{border-collapse:collapse;width:100%} td,th{border-bottom:1px solid #ddd;padding:.25rem .6rem .25rem 0;text-align:left;vertical-align:top}
-td{overflow-wrap:anywhere} td.number{font-variant-numeric:tabular-nums;white-space:nowrap} dt{font-weight:600} dd{margin:0 0 .6rem}
+td{overflow-wrap:anywhere;min-width:7rem} td.number{min-width:0;font-variant-numeric:tabular-nums;white-space:nowrap} dt{font-weight:600} dd{margin:0 0 .6rem}
 @media (prefers-color-scheme:dark){body{color:#ddd;background:#181818}.verdict{background:#1d2b24}.refused .verdict{background:#331f1f}td,th{border-color:#444}}"""
 
 def _cell(value):
@@ -29,7 +31,7 @@ def _table(rows):
     head = ''.join(f'<th>{escape(str(key))}</th>' for key in rows[0])
     return f"<div class=wide><table><tr>{head}</tr>{''.join('<tr>' + ''.join(map(_cell, row.values())) + '</tr>' for row in rows)}</table></div>"
 
-# %% ../../nbs/gen/04_page.ipynb #ba2ac6f3
+# %% ../../nbs/gen/04_page.ipynb #9b1e02a0
 def proof_page(
     record:dict, # From `prove`
 )->str:          # A whole HTML page
@@ -37,7 +39,7 @@ def proof_page(
     ok, name, model = record['passed'], escape(record['file']), escape(record['model'])
     verdict = f'{name} does in llama.cpp what {model} does in transformers.' if ok else f"{name} is refused: {escape(record['refused_for'])}."
     why = ''.join(f"<dt>{escape(c['cause'])}</dt><dd>Seen by: {escape(c['seen'])}.<br>To do: {escape(c['do'])}.</dd>" for c in record['causes'])
-    prompts = [dict(prompt=p['prompt'][:60], tokens=len(p['there']), equal=p['equal'], positions=p['positions'], unexplained=p['unexplained'], kl=p['kl']) for p in record['prompts']]
+    prompts = [dict(prompt=''.join(graphemes(p['prompt'])[:60]), tokens=len(p['there']), equal=p['equal'], positions=p['positions'], unexplained=p['unexplained'], kl=p['kl']) for p in record['prompts']]
     parts = [('Likely cause' + 's' * (len(record['causes']) > 1), why and f'<dl>{why}</dl>'), ('What was compared', _table(record['checks'])),
              ('Remarks', ''.join(f'<p>{escape(r)}</p>' for r in record['remarks'])), ('Text of the user', _table([record['costs']] if record['costs'] else [])),
              ('Prompts', _table(prompts)), ('Made with', _table([record['versions']]))]
