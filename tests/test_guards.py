@@ -110,7 +110,8 @@ def test_healthy_training_is_left_alone(mode, optimizer, lr):
     objective = dict(causal=Causal(), masked=masked, hybrid=Hybrid(masked, .5))[mode]
     guards, told = Guards(GuardConfig(after=0, window=20, every=5), tell=lambda text: told.append(text)), []
     seed = random.randrange(1000)
-    learner = run(guards, feed(objective, seed), net(seed, mode=mode, dropout=.1, tied=seed % 2 == 0), steps=100, lr=lr, optimizer=optimizer)
+    tied = seed % 2 == 0 and optimizer != 'sgd' # A tied model begins by repeating its input, too surely, and SGD is slow to leave that
+    learner = run(guards, feed(objective, seed), net(seed, mode=mode, dropout=.1, tied=tied), steps=100, lr=lr, optimizer=optimizer)
     assert not told and not learner.stopped and not guards.events, (seed, guards.events)
     assert np.mean([r['loss'] for r in learner.rows[-10:]]) < np.mean([r['loss'] for r in learner.rows[:10]]) - .1
 

@@ -149,7 +149,11 @@ def test_llama_cpp_gives_the_same_ids(kind, tmp_path):
     from lab_lm.gen.llama import Llama, llama_ids
     from lab_lm.nets.tiny import tiny_gemma
     tok = made(kind)
-    tiny_gemma(len(tok), hidden=32).save_pretrained(tmp_path), tok.save_pretrained(tmp_path)
+    model = tiny_gemma(len(tok), hidden=32)
+    model.save_pretrained(tmp_path), tok.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='set eos_token_id'): write_gguf(tmp_path, tmp_path / 'm.gguf', 'f32') # Ends as Gemma does, the tokenizer otherwise
+    model.config.eos_token_id = model.generation_config.eos_token_id = tok.eos_token_id
+    model.save_pretrained(tmp_path)
     texts = [*samples()[::12], 'क्ष स्त्री  कि\n\nபொ க்ஷ 🙂 1️⃣ 12', '▁▁x', *(w for w in many()[1][:250] if w.strip('\x00') == w)]
     with Llama(write_gguf(tmp_path, tmp_path / 'm.gguf', 'f32'), context=2048) as llama:
         wrong = [(ascii(t), llama_ids(llama, t), tok(t)['input_ids']) for t in texts if '\x00' not in t and llama_ids(llama, t) != tok(t)['input_ids']]

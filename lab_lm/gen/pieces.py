@@ -157,7 +157,7 @@ def end_ids(
     if len(ends) > 3: raise ValueError(f"{len(ends)} tokens end an answer, a GGUF file has room for three; keep those the model really writes")
     return ends
 
-# %% ../../nbs/gen/01_pieces.ipynb #987262aa
+# %% ../../nbs/gen/01_pieces.ipynb #4a4a672a
 def _around(tokenizer):
     "Whether a begin and an end token are put around a text; ValueError if anything else is"
     ids, plain = tokenizer('a').input_ids, tokenizer('a', add_special_tokens=False).input_ids
@@ -166,6 +166,11 @@ def _around(tokenizer):
         raise ValueError(f"the tokenizer makes {tokenizer.convert_ids_to_tokens(ids)} of 'a'; llama.cpp can only add the begin and the end token")
     return bos, eos
 
+def _other_end(tokenizer, ends):
+    "What is wrong where llama.cpp would put another end behind a text than the tokenizer does"
+    return (f"the tokenizer puts {tokenizer.eos_token} ({tokenizer.eos_token_id}) behind every text, but the model's answers end by {ends}; "
+            "set eos_token_id in config.json and generation_config.json to the tokenizer's")
+
 def _notes(found, tokenizer, eos):
     "What a reader of the file has to know"
     out = []
@@ -173,7 +178,7 @@ def _notes(found, tokenizer, eos):
     if eos: out.append(f"{tokenizer.eos_token} is added after every text, a prompt included")
     return out
 
-# %% ../../nbs/gen/01_pieces.ipynb #002eacb3
+# %% ../../nbs/gen/01_pieces.ipynb #5cbb8f5d
 def write_tokenizer(
     w,          # A gguf.GGUFWriter
     folder:str, # A model folder with its tokenizer
@@ -194,6 +199,7 @@ def write_tokenizer(
     roles = {role: i for role, i in roles.items() if i is not None}
     for role, i in roles.items(): getattr(w, f'add_{role}_token_id')(i)
     bos, eos = _around(tokenizer)
+    if eos and ends[0] != tokenizer.eos_token_id: raise ValueError(_other_end(tokenizer, ends))
     w.add_add_bos_token(bos), w.add_add_eos_token(eos), w.add_add_space_prefix(found['prefix'])
     if found['form']: w.add_string('lab_lm.normal_form', found['form'])
     chat = tokenizer.chat_template
