@@ -397,3 +397,11 @@ def test_merge_paths_compared(text, tmp_path):
     kl = {k: f['kl'].value for k, f in found.items()}
     assert abs(kl['nf4']) < 1e-7 or compute_dtype() == torch.bfloat16
     assert kl['nf4'] < kl['full'] < kl['not merged'] and best_of(found) in found
+
+
+def test_a_masked_model_takes_an_adapter():
+    from transformers import BertConfig, BertForMaskedLM
+    model = BertForMaskedLM(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
+    tuned = add_lora(model, rank=2, targets='query,value')
+    assert {n.split('.')[-3] for n, p in tuned.named_parameters() if p.requires_grad} == {'lora_A', 'lora_B'}
+    assert tuned(input_ids=torch.arange(6)[None]).logits.shape == (1, 6, 50)

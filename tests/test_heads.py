@@ -15,7 +15,7 @@ from lab_lm.nets.door import Door, checkpoint_layers
 from lab_lm.nets.heads import Classifier, Tagger, load_head, save_head
 from lab_lm.nets.tiny import tiny_gemma, tiny_gemma_tokenizer
 from lab_lm.nets.transformer import NetConfig, Transformer, preset
-from lab_lm.text.labelled import LabelledRows, classes_of, encode_labelled, few_shot, first_tokens, shuffled_labels
+from lab_lm.text.labelled import LabelledRows, classes_of, encode_labelled, few_shot, shuffled_labels
 from lab_lm.text.tiny import pocket_sentences
 from lab_lm.text.tokenize import train_tokenizer
 from lab_lm.train.checkpoint import learnt

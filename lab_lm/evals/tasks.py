@@ -36,7 +36,7 @@ def guesses(
     model.train(was)
     return out
 
-# %% ../../nbs/evals/07_tasks.ipynb #9d04bd32
+# %% ../../nbs/evals/07_tasks.ipynb #857ba28a
 def entities(
     tags:list,  # 'O', '' for a word without a guess, 'B-PER', 'I-PER' ...
 )->set:         # (kind, first word, one past the last word); ValueError for a tag of another scheme
@@ -44,7 +44,8 @@ def entities(
     out, kind, begin = set(), '', 0
     for i, tag in enumerate([*tags, 'O']):
         mark, _, name = tag.partition('-')
-        if tag not in ('', 'O') and not (mark in ('B', 'I') and name): raise ValueError(f"{tag!r} is no BIO tag; give 'O', 'B-' or 'I-' and a kind, or score single words with entity=False")
+        if tag not in ('', 'O') and not (mark in ('B', 'I') and name):
+            raise ValueError(f"{tag!r} is no BIO tag; give 'O', 'B-' or 'I-' and a kind, or score single words with entity=False")
         if kind and (mark != 'I' or name != kind): out.add((kind, begin, i)); kind = ''
         if name and not kind: kind, begin = name, i
     return out
@@ -76,7 +77,7 @@ def _scores(true, guess, others, rules, seed, protocol):
         out[what] = replace(score, n=int(n), baselines={who: float(rule(sums)[0]) for who, sums in beside.items()})
     return out
 
-# %% ../../nbs/evals/07_tasks.ipynb #c5a08860
+# %% ../../nbs/evals/07_tasks.ipynb #0021561c
 def _others(true, top, control):
     "Guesses to compare with, by name"
     if control and len(control) != len(true): raise ValueError(f"{len(true)} items have {len(control)} guesses of the control model; give one for each")
@@ -88,14 +89,16 @@ def class_scores(
     control:list=(),  # What a model guesses that was trained on `shuffled_labels`
     seed:int=0,       # Of the intervals
     protocol:str='',  # What was trained on what, kept with the scores
-)->dict[str, Score]:  # 'accuracy', 'macro_f1' and for each class 'f1 <class>'; baselines 'majority' (the most frequent right class) and 'shuffled labels'
+)->dict[str, Score]:  # 'accuracy', 'macro_f1', 'f1 <class>' for each; baselines 'majority' (the most frequent right class) and 'shuffled labels'
     "How well texts were classified"
-    if not true or len(true) != len(guess): raise ValueError(f"there are {len(true)} right classes and {len(guess)} guesses; give one guess for each text, and at least one")
+    if not true or len(true) != len(guess):
+        raise ValueError(f"there are {len(true)} right classes and {len(guess)} guesses; give one guess for each text, and at least one")
     others = _others(true, [Counter(true).most_common(1)[0][0]] * len(true), control)
     one = lambda labels: [{(label, 0)} - {('', 0)} for label in labels]
-    return _scores(one(true), one(guess), {who: one(g) for who, g in others.items()}, dict(accuracy=_accuracy, macro_f1=_macro), seed, f"{protocol}{'; ' if protocol else ''}interval over texts")
+    return _scores(one(true), one(guess), {who: one(g) for who, g in others.items()}, dict(accuracy=_accuracy, macro_f1=_macro), seed,
+                   f"{protocol}{'; ' if protocol else ''}interval over texts")
 
-# %% ../../nbs/evals/07_tasks.ipynb #c377554e
+# %% ../../nbs/evals/07_tasks.ipynb #87d9d1c6
 def tag_scores(
     true:list,          # For each sentence the right tag of each word
     guess:list,         # The guessed ones; '' for a word without a guess
@@ -107,9 +110,11 @@ def tag_scores(
     "How well words were tagged"
     sizes = list(map(len, true))
     for side in (guess, *([control] if control else [])):
-        if not sum(sizes) or list(map(len, side)) != sizes: raise ValueError(f"there are {sum(sizes)} words in {len(true)} sentences and {sum(map(len, side))} guesses in {len(side)}; give one guess for each word, and at least one")
+        if sum(sizes) and list(map(len, side)) == sizes: continue
+        raise ValueError(f"there are {sum(sizes)} words in {len(true)} sentences and {sum(map(len, side))} guesses in {len(side)}; give one for each word, at least one")
     top = Counter(tag for tags in true for tag in tags).most_common(1)[0][0]
     read = entities if entity else lambda tags: {(tag, i) for i, tag in enumerate(tags) if tag}
     others = {who: list(map(read, g)) for who, g in _others(true, [[top] * n for n in sizes], control).items()}
     first = dict(f1=lambda s: _f1(s.sum(1))) if entity else dict(accuracy=_accuracy)
-    return _scores(list(map(read, true)), list(map(read, guess)), others, first | dict(macro_f1=_macro), seed, f"{protocol}{'; ' if protocol else ''}interval over sentences")
+    return _scores(list(map(read, true)), list(map(read, guess)), others, first | dict(macro_f1=_macro), seed,
+                   f"{protocol}{'; ' if protocol else ''}interval over sentences")

@@ -45,7 +45,7 @@ def _prepared(model):
     if not getattr(model, 'is_loaded_in_4bit', False): return model.requires_grad_(False)
     with quiet(): return prepare_model_for_kbit_training(keep_packing(model), use_gradient_checkpointing=False)
 
-# %% ../../nbs/nets/02_adapters.ipynb #6773eb6f
+# %% ../../nbs/nets/02_adapters.ipynb #5de876fd
 def add_lora(
     model,                    # A causal model, from `tuning_base`, `four_bit` or `load_model`
     rank:int=8,               # Rows of `A`; more can learn more
@@ -63,8 +63,8 @@ def add_lora(
     if hasattr(model, 'peft_config'):
         raise ValueError("the model carries an adapter already; load its base afresh, or go on with load_adapter(..., trainable=True)")
     names, turned = _targets(model, targets), any(type(m).__name__ == 'Conv1D' for m in model.modules())
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type='CAUSAL_LM', fan_in_fan_out=turned,
-                        use_rslora=rslora, use_dora=dora)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, fan_in_fan_out=turned, use_rslora=rslora, use_dora=dora,
+                        task_type='CAUSAL_LM' if hasattr(model, 'prepare_inputs_for_generation') else None) # A masked model does not write
     with quiet(): return get_peft_model(_prepared(model), config)
 
 # %% ../../nbs/nets/02_adapters.ipynb #25289916

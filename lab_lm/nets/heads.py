@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOLS', 'states', 'pooled', 'Classifier', 'Tagger', 'save_head', 'load_head']
 
-# %% ../../nbs/nets/05_heads.ipynb #9e3491d0
+# %% ../../nbs/nets/05_heads.ipynb #7a44dde3
 import hashlib
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..core.files import whole_folder, write_json
 from .door import from_hub, inputs_for
-from .transformer import Output, Transformer
+from .transformer import Output
 
 # %% ../../nbs/nets/05_heads.ipynb #1f9fe478
 def states(
@@ -145,7 +145,7 @@ def save_head(
         write_json(part / 'head.json', dict(kind=type(model).__name__, settings=model.settings(), still=_mark(still)))
     return Path(folder)
 
-# %% ../../nbs/nets/05_heads.ipynb #7b817a7c
+# %% ../../nbs/nets/05_heads.ipynb #a1706d90
 def load_head(
     folder:'str|Path', # From `save_head`
     body,              # The body as it was before it was trained, with a fresh adapter if it had one
@@ -161,7 +161,7 @@ def load_head(
     odd = [n for n, t in tensors.items() if n not in slots or slots[n].shape != t.shape]
     if odd: raise ValueError(f"the head in {folder.name!r} belongs to another body: this one has no {odd[0]} of shape {tuple(tensors[odd[0]].shape)}")
     if _mark({n: t for n, t in slots.items() if n not in tensors}) != facts['still']:
-        raise ValueError(f"the head in {folder.name!r} belongs to another body: the weights that were not trained are others here; give the body it was trained on")
+        raise ValueError(f"the head in {folder.name!r} belongs to another body, whose frozen weights are others; give the body it was trained on")
     with torch.no_grad():
         for name, value in tensors.items(): slots[name].copy_(value)
     return model.eval()

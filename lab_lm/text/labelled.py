@@ -36,14 +36,14 @@ def kind_of_labels(
 
 def _labels(item): return item['tags'] if 'tags' in item else [item['label']]
 
-# %% ../../nbs/text/14_labelled.ipynb #e941cc36
+# %% ../../nbs/text/14_labelled.ipynb #5de3520b
 def classes_of(
     items:list,  # Labelled items
 )->list[str]:    # Sorted; ValueError where there is only one
     "The names of all labels"
     kind_of_labels(items)
     names = sorted({label for item in items for label in _labels(item)})
-    if len(names) < 2: raise ValueError(f"all {len(items)} items have the label {names[0]!r}; a task needs at least two classes" if names else "no item has a word; a task needs at least two classes")
+    if len(names) < 2: raise ValueError(f"{len(items)} items have {f'one label only, {names[0]!r}' if names else 'no word'}; a task needs at least two classes")
     return names
 
 # %% ../../nbs/text/14_labelled.ipynb #b3bf2a06
@@ -89,7 +89,7 @@ def first_tokens(
         begin += len(word) + 1
     return out
 
-# %% ../../nbs/text/14_labelled.ipynb #2036fc89
+# %% ../../nbs/text/14_labelled.ipynb #aec659e8
 def encode_labelled(
     items:list,           # Labelled items
     tokenizer,            # A fast transformers tokenizer
@@ -105,7 +105,8 @@ def encode_labelled(
     whole, kept = tokenizer(texts, truncation=False, verbose=False), tokenizer(texts, truncation=True, max_length=max_length, return_offsets_mapping=True)
     for i, (item, ids) in enumerate(zip(items, kept['input_ids'])):
         if not ids: raise ValueError(f"item {item.get('id', i)!r} has no token; leave it out")
-        known = dict(tags=[number[t] for t in item['tags']], places=first_tokens(item['words'], kept['offset_mapping'][i])) if tagged else dict(label=number[item['label']])
+        if tagged: known = dict(tags=[number[t] for t in item['tags']], places=first_tokens(item['words'], kept['offset_mapping'][i]))
+        else: known = dict(label=number[item['label']])
         rows.append(dict(id=item.get('id', i), input_ids=ids, cut=len(whole['input_ids'][i]) - len(ids)) | known)
     cut, lost = sum(row['cut'] > 0 for row in rows), sum(row.get('places', []).count(-1) for row in rows)
     if cut or lost: say(f"  {cut} of {len(rows)} items were cut to {max_length} tokens{f'; {lost} tags have no token' if tagged else ''}")
@@ -121,7 +122,7 @@ def padded(
     for i, row in enumerate(rows): ids[i, :len(row)], mask[i, :len(row)] = torch.as_tensor(row), 1
     return dict(input_ids=ids, attention_mask=mask)
 
-# %% ../../nbs/text/14_labelled.ipynb #3c489c2e
+# %% ../../nbs/text/14_labelled.ipynb #6e112de6
 class LabelledRows:
     "Encoded texts with a class each, or words with a tag each; any batch is a function of its number and the seed"
     def __init__(self,
@@ -135,8 +136,10 @@ class LabelledRows:
         self.ids = [np.asarray(row['input_ids'], np.int64) for row in rows]
         self.labels = [_placed(row) if self.tagged else np.array([row['label']]) for row in rows]
         found = set(np.concatenate(self.labels).tolist()) - {-100}
-        if len(found) < 2: raise ValueError(f"only {', '.join(self.classes[i] for i in found) or 'nothing'} is to be learned from {len(rows)} rows; give rows of at least two classes")
-        if not max(found) < len(self.classes): raise ValueError(f"a label has number {max(found)}, and there are {len(self.classes)} classes; give the names the rows were encoded with")
+        if found and max(found) >= len(self.classes):
+            raise ValueError(f"a label has number {max(found)}, and there are {len(self.classes)} classes; give the names the rows were encoded with")
+        if len(found) < 2:
+            raise ValueError(f"only {', '.join(self.classes[i] for i in found) or 'nothing'} is to be learned from {len(rows)} rows; give rows of at least two classes")
 
     def texts(self, share:float)->int: # How many rows, in the order given, a share admits; at least 1
         "The size of a prefix"
@@ -156,14 +159,15 @@ class LabelledRows:
     def batch(self, k:int, size:int, seed:int=0, share:float=1.)->dict: # int64: input_ids and attention_mask [size, length]; labels [size], or [size, length] for tags
         "The rows of batch k"
         some = self.chosen(k, size, seed, share)
-        return padded([self.ids[i] for i in some], self.pad) | dict(labels=padded([self.labels[i] for i in some], -100)['input_ids'] if self.tagged
-                                                                    else torch.from_numpy(np.concatenate([self.labels[i] for i in some])))
+        labels = padded([self.labels[i] for i in some], -100)['input_ids']
+        return padded([self.ids[i] for i in some], self.pad) | dict(labels=labels if self.tagged else labels[:, 0])
 
     def fingerprint(self)->dict: # Counts, and a SHA-256 of all tokens and labels
         "Which rows these are, in a few words for JSON"
         digest = hashlib.sha256()
         for ids, labels in zip(self.ids, self.labels): digest.update(np.array([len(ids)]).tobytes() + ids.tobytes() + labels.astype(np.int64).tobytes())
-        return dict(kind='LabelledRows', classes=self.classes, pad=self.pad, texts=len(self.ids), tokens=sum(map(len, self.ids)), cut=self.cut, lost=self.lost, sha256=digest.hexdigest())
+        return dict(kind='LabelledRows', classes=self.classes, pad=self.pad, texts=len(self.ids), tokens=sum(map(len, self.ids)), cut=self.cut, lost=self.lost,
+                    sha256=digest.hexdigest())
 
 def _placed(row):
     "The tags of a row at their tokens, -100 elsewhere"
