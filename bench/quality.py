@@ -1,10 +1,10 @@
 """Which recipe learns more from the same tokens: hybrid against causal and masked, Muon against AdamW; 3 seeds, with intervals
 
-    python bench/quality.py [--tokens 400000] [--share 0.5] [--out results.jsonl]
+    python bench/quality.py [--tokens 400000] [--batch 8] [--share 0.5] [--only optimisers] [--out results.jsonl]
 
 Text: Hindi Wikipedia and Premchand's stories, and for every run alike 10 % (of the characters) of text in pocket Hindi, so that the vocabulary of the
 minimal pairs is known; pairs whose good sentence stands in the training text are left out. Akshara BPE of 8,000, a transformer of 4 layers of 128,
-rows of 128 tokens, 8 rows a step, a linear schedule. One thread a process, two processes at a time.
+rows of 128 tokens, a linear schedule. One thread a process, two processes at a time.
 
 Every finished run is a line of the results file, with what each text and each pair cost; it is not done again. First comes the sweep of the rates
 (causal, seed 0), then the seeds. Muon moves the matrices of the layers only; everything else keeps AdamW and AdamW's best rate. All modes use the rates
@@ -26,7 +26,7 @@ import numpy as np
 
 from pretraining import CACHE, SMALL, tokenizer_of
 
-SEEDS, LENGTH, BATCH, VOCAB, LOOKS = (0, 1, 2), 128, 8, 3000 if SMALL in sys.argv else 8000, 20
+SEEDS, LENGTH, VOCAB, LOOKS = (0, 1, 2), 128, 3000 if SMALL in sys.argv else 8000, 20
 RATES = {'adamw': (3e-3, 6e-3, 1.2e-2), 'muon': (1.5e-3, 3e-3, 6e-3, 1.2e-2)}
 SHAPE = dict(layers=4, width=128, heads=4)
 
@@ -112,7 +112,7 @@ def one(run):
     torch.manual_seed(run['seed'])
     model = Transformer(NetConfig(vocab_size=len(tokenizer), mode=run['mode'], positions='rotary', max_length=LENGTH, pad_id=tokenizer.pad_token_id,
                                   init=SHAPE['width'] ** -.5, **SHAPE, **NATIVE['masked']))
-    steps, watched = max(LOOKS, round(run['tokens'] / BATCH / LENGTH)), causal_rows(tokenizer, held[:60])
+    steps, watched = max(LOOKS, round(run['tokens'] / run['batch'] / LENGTH)), causal_rows(tokenizer, held[:60])
 
     def held_out(net): return dict(held_out=float(np.concatenate(causal_nats(net, tokenizer, watched, LENGTH)[0]).mean()))
     rest = {n: run['rest'] / run['lr'] for n, p in model.named_parameters() if not n.startswith('blocks.') or p.ndim < 2}
@@ -120,7 +120,7 @@ def one(run):
         rows = PackedRows(*read_stream(write_stream(tokens_of(train, tokenizer), f'{folder}/stream', len(tokenizer))), LENGTH)
         training = Training(steps=steps, lr=run['lr'], optimizer=run['optimizer'], weight_decay=.1, schedule=Schedule(name='linear', warmup=.1), seed=run['seed'],
                             evaluate_every=max(1, steps // LOOKS) if run['mode'] == 'causal' else 0)
-        log = Learner(model, Feed(rows, objective(run, tokenizer), BATCH, seed=run['seed']), training, evaluate=held_out if run['mode'] == 'causal' else None,
+        log = Learner(model, Feed(rows, objective(run, tokenizer), run['batch'], seed=run['seed']), training, evaluate=held_out if run['mode'] == 'causal' else None,
                       optimizer=make_optimizer(run['optimizer'], model, run['lr'], weight_decay=.1, rates=rest)).fit()
     looks = [[row['step'] + 1, row['held_out']] for row in log if 'held_out' in row]
     print(json.dumps(dict(run=run, steps=steps, looks=looks, **measure(model, run['mode'], tokenizer, held, pairs))))
@@ -187,9 +187,9 @@ def steps_to(looks, loss):
     return None
 
 
-def optimisers(results, tokens):
+def optimisers(results, tokens, batch):
     "Muon against AdamW, both at their best rates; returned is what did better"
-    base, best = dict(mode='causal', tokens=tokens, share=1.), {}
+    base, best = dict(mode='causal', tokens=tokens, batch=batch, share=1.), {}
     for o in RATES:
         every = results.need([base | dict(optimizer=o, lr=lr, rest=best.get('adamw', lr), seed=0) for lr in RATES[o]])
         final = {r['run']['lr']: r['looks'][-1][1] for r in every}
@@ -207,10 +207,10 @@ def optimisers(results, tokens):
     return dict(optimizer='muon' if better else 'adamw', lr=best['muon' if better else 'adamw'], rest=best['adamw'])
 
 
-def modes(results, tokens, share, rates):
+def modes(results, tokens, batch, share, rates):
     "Hybrid against its parents"
     shares = dict(causal=1., masked=0., hybrid=share)
-    runs = results.need([dict(mode=m, tokens=tokens, share=shares[m], seed=s, **rates) for m in shares for s in SEEDS])
+    runs = results.need([dict(mode=m, tokens=tokens, batch=batch, share=shares[m], seed=s, **rates) for m in shares for s in SEEDS])
     causal, masked, hybrid = (runs[i:i + len(SEEDS)] for i in range(0, len(runs), len(SEEDS)))
     for part, parent in (('causal', causal), ('masked', masked)):
         shown = lambda runs: ' '.join(f'{b:.4f}' for b in bits(runs, part))
@@ -238,6 +238,8 @@ def floors(tokens):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tokens', type=int, default=400_000, help='tokens of training in each run')
+    parser.add_argument('--batch', type=int, default=8, help='rows of 128 tokens in a step')
+    parser.add_argument('--only', choices=['optimisers'], help='leave the modes out')
     parser.add_argument('--share', type=float, default=.5, help='of the rows of the hybrid that are causal')
     parser.add_argument('--out', default=str(CACHE / 'quality.jsonl'))
     parser.add_argument(SMALL, action='store_true', help='few texts and pairs, to see that everything runs')
@@ -249,9 +251,10 @@ def main():
     results = Results(given.out)
     floors(given.tokens)
     print('Muon against AdamW')
-    rates = optimisers(results, given.tokens)
-    print('hybrid against its parents')
-    modes(results, given.tokens, given.share, rates)
+    rates = optimisers(results, given.tokens, given.batch)
+    if not given.only:
+        print('hybrid against its parents')
+        modes(results, given.tokens, given.batch, given.share, rates)
     print(f'  {(time.perf_counter() - began) / 60:.1f} minutes; every run: {given.out}')
 
 
