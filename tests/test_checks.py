@@ -34,9 +34,10 @@ def test_the_project_as_it_is_has_no_fault(project):
 
 def test_a_stored_error_is_found(project):
     code = next(c for c in json.loads((project / 'nbs/01_setup_exploration.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code')
-    def plant(cells): next(c for c in cells if c['id'] == code['id'])['outputs'] = [dict(output_type='error', ename='E', evalue='e', traceback=[])]
+    warning = dict(output_type='stream', name='stderr', text=['FutureWarning: soon'])
+    def plant(cells): next(c for c in cells if c['id'] == code['id'])['outputs'] = [dict(output_type='error', ename='E', evalue='e', traceback=[]), warning]
     edit(project / 'nbs/01_setup_exploration.ipynb', plant)
-    assert any('a stored error' in fault for fault in check.clean(project))
+    assert {'a stored error', 'a stored warning'} <= {fault.split(': ')[-1] for fault in check.clean(project)}
 
 
 def test_an_unclean_notebook_is_found(project):

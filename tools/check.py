@@ -40,6 +40,7 @@ def clean(root):
         for i, cell in enumerate(nb['cells']):
             if cell['cell_type'] != 'code': continue
             if any(o['output_type'] == 'error' for o in cell['outputs']): faults.append(f'{name}, cell {i}: a stored error')
+            if any(o.get('name') == 'stderr' for o in cell['outputs']): faults.append(f'{name}, cell {i}: a stored warning')
             text = ''.join(cell['source']) + json.dumps([{**o, 'data': {k: v for k, v in o.get('data', {}).items() if 'image' not in k}} for o in cell['outputs']])
             faults += [f'{name}, cell {i}: {what}' for smell, what in SMELLS if re.search(smell, text)]
         tidy = dict2nb(json.loads(raw))
