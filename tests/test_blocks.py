@@ -133,13 +133,13 @@ def test_odd_rows(kind, rng):
 
 @pytest.mark.parametrize('kind', [k for k in CODED if k != 'Q8_0'])
 def test_what_importance_means(kind, rng):
-    values = rng.normal(size=(40, 512)).astype('float32')
+    values = rng.normal(size=(200, 512)).astype('float32')
     plain, same = quantise(values, kind), quantise(values, kind, np.full(512, 7.))
     assert (plain == same).all() and (plain == quantise(values, kind, np.zeros(512))).all()
     column, weight = int(rng.integers(512)), np.ones(512)
     weight[column] = 300
     off = lambda data: np.abs(read(data, kind) - values)[:, column].mean()
-    assert off(quantise(values, kind, weight)) < .35 * off(plain)
+    assert off(quantise(values, kind, weight)) < .5 * off(plain)
     unseen = np.where(np.arange(512) < 256, 1., 0.) # A K block of which nothing was ever seen
     assert np.abs(read(quantise(values, kind, unseen), kind) - values)[:, 256:].max() < .6
 

@@ -219,10 +219,11 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tokenizer, tmp_pat
 
 def slowly(folder, pipe):
     "Write a file, telling of every block"
-    blocks = Weights.blocks
+    read = Weights.read
     def slow(self, *how):
-        for block in blocks(self, *how): pipe.send('block'); time.sleep(.05); yield block
-    Weights.blocks = slow
+        pipe.send('block'), time.sleep(.05)
+        return read(self, *how)
+    Weights.read = slow
     write_gguf(folder, folder / 'm.gguf', 'f32')
 
 
@@ -259,7 +260,7 @@ def test_a_full_disk_a_kill_and_a_small_memory(tokenizer, tmp_path, monkeypatch)
     left = list(tmp_path.glob('.m.gguf.*part'))
     assert len(left) == 1, 'what a kill cannot clean up'
     process, told = apart_from_us(in_small_rooms, tmp_path)
-    assert told.recv() < 45e6, 'the largest tensor has 82 MB, the model 110'
+    assert told.recv() < 75e6, 'the largest tensor has 82 MB, the model 110'
     assert 'too large' in told.recv() and (tmp_path / 'm.gguf').read_bytes() == old and list(tmp_path.glob('.m.gguf.*part')) == left
     process.join()
     monkeypatch.setattr('shutil.disk_usage', lambda path: type('Usage', (), dict(free=1000)))

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['PATTERNS', 'steps', 'before_pieces', 'pieces_across', 'cut_name']
 
-# %% ../../nbs/gen/00_cuts.ipynb #0beb285e
+# %% ../../nbs/gen/00_cuts.ipynb #95ca023c
 import json
+
+import numpy as np
 
 # %% ../../nbs/gen/00_cuts.ipynb #ccef3d8a
 def steps(
@@ -40,19 +42,20 @@ def before_pieces(
             found['marks'] = True
     return found
 
-# %% ../../nbs/gen/00_cuts.ipynb #69d63ae5
+# %% ../../nbs/gen/00_cuts.ipynb #98a9be85
 def pieces_across(
     pre_tokenizer, # A pre-tokenizer of the package tokenizers, or None
     pieces:list,   # Pieces of two or more characters
 )->list:           # Those with a cut inside them, in some neighbourhood
     "Pieces that llama.cpp could form where the tokenizer cuts"
-    bad, pieces = set(), [p for p in pieces if len(p) > 1]
+    pieces = [p for p in pieces if len(p) > 1]
+    sizes, bad = np.array([len(p) for p in pieces], int), set()
     for before in ('a', 'क', '1', '.', '▁') if pre_tokenizer and pieces else ():
-        cuts = {start for _, (start, _) in pre_tokenizer.pre_tokenize_str(before + before.join(pieces))}
-        at = len(before)
-        for piece in pieces:
-            if not cuts.isdisjoint(range(at + 1, at + len(piece))): bad.add(piece)
-            at += len(piece) + len(before)
+        starts = np.cumsum(sizes + 1) - sizes
+        cuts = np.zeros(starts[-1] + sizes[-1], int)
+        cuts[[start for _, (start, _) in pre_tokenizer.pre_tokenize_str(before + before.join(pieces))]] = 1
+        so_far = cuts.cumsum()
+        bad.update(pieces[i] for i in np.flatnonzero(so_far[starts + sizes - 1] > so_far[starts]))
     return sorted(bad)
 
 # %% ../../nbs/gen/00_cuts.ipynb #95c054d5

@@ -5,25 +5,26 @@
 # %% auto #0
 __all__ = ['FLOATS', 'packed', 'encoded', 'write_gguf']
 
-# %% ../../nbs/gen/02_gguf.ipynb #df023277
+# %% ../../nbs/gen/02_gguf.ipynb #99c2ba05
 import os
 import shutil
 import struct
-from collections import deque
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from ..core.progress import track
 from .architectures import architecture_of, changed, places, rope_divisors
 from .blocks import quantise
 from .mixtures import FILE_TYPES, QUANTS, size_of, types_for
 from .pieces import write_tokenizer
 from .read import SCALARS
-from .weights import Weights
+from .weights import Room, Weights
 
-# %% ../../nbs/gen/02_gguf.ipynb #50dae490
+# %% ../../nbs/gen/02_gguf.ipynb #9c935cac
 def packed(
     value,    # A number, a truth, a text, or a list of one of them
     kind:int, # GGUF's number for what it is: a key of `lab_lm.gen.read.SCALARS`, 8 for a text, 9 for a list
@@ -39,13 +40,12 @@ def packed(
 def _head(fields, table, types):
     "Header, keys and values, table of tensors, up to where the weights begin"
     import gguf
-    out, offset = [struct.pack('<4sIQQ', b'GGUF', 3, len(table), len(fields))], 0
+    out, starts = [struct.pack('<4sIQQ', b'GGUF', 3, len(table), len(fields))], _starts({place.name: place.shape for place in table}, types)
     out += [packed(key, 8) + struct.pack('<I', f.type) + packed(f.value, f.type, f.sub_type) for key, f in fields.items()]
     for place in table:
         kind = types[place.name]
         axes, number = len(place.shape), gguf.GGMLQuantizationType[kind]
-        out.append(packed(place.name, 8) + struct.pack(f'<I{axes}QIQ', axes, *reversed(place.shape), number, offset))
-        offset += -(-size_of({place.name: place.shape}, types) // 32) * 32
+        out.append(packed(place.name, 8) + struct.pack(f'<I{axes}QIQ', axes, *reversed(place.shape), number, starts[place.name]))
     head = b''.join(out)
     return head + bytes(-len(head) % 32)
 
@@ -63,18 +63,21 @@ def _fields(folder, config, kind, quant, importance):
     write_tokenizer(w, folder, config)
     return w.kv_data[0]
 
-# %% ../../nbs/gen/02_gguf.ipynb #f10836dd
+# %% ../../nbs/gen/02_gguf.ipynb #b7624753
 FLOATS = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
 def encoded(
     block:torch.Tensor, # Rows of a tensor, any float type
     kind:str,           # Type by llama.cpp's name
     importance=None,    # numpy [cols]: how much each column counts in rounding
+    room=None,          # A `Room` for what is made on the way; fresh memory if not given
 ):                      # A buffer of bytes; ValueError for numbers the type cannot hold
     "Rows of weights in the bytes of a type"
-    if kind not in FLOATS: return quantise(_finite(block.float(), kind).numpy(), kind, importance)
-    if block.dtype != FLOATS[kind]: block = block.float().to(FLOATS[kind]) # By way of fp32, which torch does several times faster than bf16 to fp16
-    return _finite(block.contiguous(), kind).view(torch.uint8).numpy()
+    room, wanted = room or Room(), FLOATS.get(kind, torch.float32)
+    for step in (torch.float32, wanted): # By way of fp32, which torch does several times faster than bf16 to fp16
+        if block.dtype not in (step, wanted): block = room(str(step), block.shape, step).copy_(block)
+    block = _finite(block.contiguous(), kind)
+    return block.view(torch.uint8).numpy() if kind in FLOATS else quantise(block.numpy(), kind, importance)
 
 def _finite(values, kind):
     "The same values; ValueError where one is no number"
@@ -82,25 +85,32 @@ def _finite(values, kind):
         raise ValueError('holds a weight that is no finite number' + ', or none that F16 can hold; write bf16 or f32' * (kind == 'F16'))
     return values
 
-# %% ../../nbs/gen/02_gguf.ipynb #c6c54349
-def _pour(out, weights, config, table, types, importance):
-    "All tensors into an open file, each at a multiple of 32 bytes"
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for place in table:
-            kind, wanted = types[place.name], (importance or {}).get(place.source)
-            blocks = weights.blocks(place.source, 1 << 20, place.group) if place.source else [rope_divisors(config)]
-            try:
-                for data in _ahead(pool, lambda block: encoded(changed(block, place), kind, wanted), blocks): out.write(data)
-            except ValueError as error: raise ValueError(f"{place.source} {error}") from error
-            out.write(bytes(-out.tell() % 32))
+# %% ../../nbs/gen/02_gguf.ipynb #0606344b
+def _starts(shapes, types):
+    "Where each tensor begins after the head, at multiples of 32 bytes; under '' where the last one ends"
+    out, at = {}, 0
+    for name, shape in shapes.items():
+        out[name] = at
+        at += size_of({name: shape}, types)
+        out[''] = at = -(-at // 32) * 32
+    return out
 
-def _ahead(pool, function, items):
-    "`map` in order, with as many items on their way as the pool has threads"
-    waiting = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > pool._max_workers: yield waiting.popleft().result()
-    while waiting: yield waiting.popleft().result()
+def _pour(path, head, weights, config, table, types, importance):
+    "All tensors into a file behind its head"
+    starts, own = _starts({place.name: place.shape for place in table}, types), threading.local()
+    def put(job):
+        place, row, rows = job
+        own.room = getattr(own, 'room', None) or Room()
+        block = weights.read(place.source, row, rows, own.room) if place.source else rope_divisors(config)[None]
+        try: data = encoded(changed(block, place), types[place.name], (importance or {}).get(place.source), own.room)
+        except ValueError as error: raise ValueError(f"{place.source} {error}") from error
+        with open(path, 'r+b', buffering=0) as out:
+            out.seek(head + starts[place.name] + row * (data.nbytes // rows))
+            if out.write(data) != data.nbytes: raise OSError(28, 'no room on the disk', str(path))
+    os.truncate(path, head + starts[''])
+    jobs = [(place, *cut) for place in table for cut in (weights.cuts(place.source, 1 << 20, place.group) if place.source else [(0, 1)])]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for _ in track(pool.map(put, jobs), 'writing', len(jobs)): pass
 
 # %% ../../nbs/gen/02_gguf.ipynb #4681a0d5
 @contextmanager
@@ -120,7 +130,7 @@ def _check_room(path, wanted):
     free = shutil.disk_usage(path.parent).free
     if wanted > free: raise OSError(28, f"no room on the disk: the file needs {wanted / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free", str(path.parent))
 
-# %% ../../nbs/gen/02_gguf.ipynb #87118a11
+# %% ../../nbs/gen/02_gguf.ipynb #e6b2d0e7
 def write_gguf(
     folder:str,        # A model folder made by `save_pretrained`, tokenizer included
     path:str,          # The file to write; it appears whole or not at all
@@ -131,13 +141,13 @@ def write_gguf(
     from transformers import AutoConfig
     if quant not in QUANTS: raise ValueError(f"unknown quant {quant!r}; known: {', '.join(QUANTS)}")
     kind, config = architecture_of(folder), AutoConfig.from_pretrained(folder)
-    with Weights(folder) as weights, _whole(path) as part:
+    with _whole(path) as part:
+        weights = Weights(folder)
         table = places(config, weights.shapes, kind)
         shapes = {place.name: place.shape for place in table}
         types = types_for(shapes, quant)
         head = _head(_fields(folder, config, kind, quant, importance), table, types)
         _check_room(part, len(head) + size_of(shapes, types))
-        with open(part, 'wb') as out:
-            out.write(head)
-            _pour(out, weights, config, table, types, importance)
+        part.write_bytes(head)
+        _pour(part, len(head), weights, config, table, types, importance)
     return Path(path)

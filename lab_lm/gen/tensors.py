@@ -57,7 +57,7 @@ def _rank_share(gap):
     energy = np.linalg.eigvalsh(small.astype(np.float64) @ small.T)[::-1].clip(0)
     return float(energy[:max(1, min(64, len(energy) // 8))].sum() / max(energy.sum(), 1e-300))
 
-# %% ../../nbs/gen/03_tensors.ipynb #dcdf5100
+# %% ../../nbs/gen/03_tensors.ipynb #aa76532b
 def tensor_differences(
     path:str,   # The GGUF file
     folder:str, # The model folder
@@ -67,14 +67,14 @@ def tensor_differences(
     config = AutoConfig.from_pretrained(folder).get_text_config()
     fields, tensors, _ = gguf_contents(path)
     arch, out = fields['general.architecture'], dict(checked=0, worst=0., differ=[])
-    with Weights(folder) as weights:
-        names = _names(arch, weights.shapes, config.num_hidden_layers)
-        for name, new in names.items():
-            if new not in tensors: continue
-            row = _compared(name, _whole(weights, name), _numbers(path, tensors[new]), arch, config, tensors[new].kind)
-            out['checked'], out['worst'] = out['checked'] + 1, max(out['worst'], row['error'])
-            if row['story']: out['differ'].append(dict(tensor=new, **row))
-        out['differ'] += _left_over(names, tensors, config, weights, path)
+    weights = Weights(folder)
+    names = _names(arch, weights.shapes, config.num_hidden_layers)
+    for name, new in names.items():
+        if new not in tensors: continue
+        row = _compared(name, _whole(weights, name), _numbers(path, tensors[new]), arch, config, tensors[new].kind)
+        out['checked'], out['worst'] = out['checked'] + 1, max(out['worst'], row['error'])
+        if row['story']: out['differ'].append(dict(tensor=new, **row))
+    out['differ'] += _left_over(names, tensors, config, weights, path)
     return out
 
 def _whole(weights, name):
@@ -125,7 +125,7 @@ def times_merged(
     along, size = sum(d['along'] for d in low), sum(d['size'] for d in low)
     return None if not low or abs(along) < .2 * size else 1 + size / along
 
-# %% ../../nbs/gen/03_tensors.ipynb #15ce5542
+# %% ../../nbs/gen/03_tensors.ipynb #a43951b5
 def file_weights(
     path:str,   # The GGUF file
     folder:str, # The model folder
@@ -134,7 +134,7 @@ def file_weights(
     from transformers import AutoConfig
     config, (fields, tensors, _) = AutoConfig.from_pretrained(folder).get_text_config(), gguf_contents(path)
     arch = fields['general.architecture']
-    with Weights(folder) as weights: shapes = weights.shapes
+    shapes = Weights(folder).shapes
     for name, new in _names(arch, shapes, config.num_hidden_layers).items():
         if new not in tensors or tensors[new].shape != shapes[name]: continue
         there, heads = _numbers(path, tensors[new]), _turned(name, arch, config)
