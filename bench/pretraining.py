@@ -7,7 +7,7 @@
 Peers: (1) the Trainer as transformers' example script `run_mlm.py` runs it, in both of its data modes: texts joined end to end and cut to blocks (its
 default), and one text a row, cut at the length and padded (`--line_by_line`); batch 8, rate 5e-5 falling linearly, dropout 0.1, 15 % masked, fp32.
 (2) the Trainer well set: a rate and a batch found by short runs, warm-up, no dropout, rows grouped by length or blocks, the fast type of the machine,
-the allocator told not to give memory back. All: RoBERTa of 6 layers of 384 or ours of the same size, akshara BPE of 16,000, rows of 128 tokens.
+the allocator told not to give memory back; and for comparison the same with our head start. All: RoBERTa of 6 layers of 384 or ours of the same size, akshara BPE of 16,000, rows of 128 tokens.
 
 Real tokens are those that are not padding. The validation loss is in nats per hidden token, on masks that are the same for every model (15 %), measured
 while the clock stands still. The clock counts training steps with their data; starting Python, tokenising and building a model are outside for all.
@@ -30,11 +30,11 @@ SMALL = '--small'
 LENGTH, VOCAB, SHAPE = (128, 1000, dict(layers=2, width=64, heads=2)) if SMALL in sys.argv else (128, 16_000, dict(layers=6, width=384, heads=6))
 TUNABLES = 'glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184:glibc.malloc.hugetlb=1'
 CACHE = Path(tempfile.gettempdir()) / 'lab_lm_bench'
-DEFAULT = dict(kind='trainer', lr=5e-5, batch=8, dropout=.1, warmup=0., grouped=False, tuned=False)
-WELL_SET = dict(kind='trainer', lr=1e-3, batch=16, dropout=0., warmup=.1, grouped=True, tuned=True)
+DEFAULT = dict(kind='trainer', lr=5e-5, batch=8, dropout=.1, warmup=0., grouped=False, start=False, tuned=False)
+WELL_SET = dict(kind='trainer', lr=1e-3, batch=16, dropout=0., warmup=.1, grouped=True, start=False, tuned=True)
 SIDES = {'Trainer, run_mlm.py (blocks)': DEFAULT | dict(mode='blocks'), 'Trainer, run_mlm.py --line_by_line': DEFAULT | dict(mode='lines'),
          'Trainer, well set (blocks)': WELL_SET | dict(mode='blocks'), 'Trainer, well set (grouped by length)': WELL_SET | dict(mode='lines'),
-         'lab_lm': dict(kind='ours', optimizer='muon', lr=1e-2, batch=32, accumulate=4, mask=.3, warmup=.1, tuned=True)}
+         'lab_lm': dict(kind='ours', optimizer='muon', lr=1e-2, batch=32, accumulate=4, mask=.3, warmup=.1, start=True, tuned=True)}
 
 
 # ---- the same for everybody: texts, tokenizer, evaluation
@@ -108,6 +108,15 @@ def rows_for_trainer(train, tokenizer, mode):
     return rows
 
 
+def same_start(model, rows, tokenizer):
+    "Give RoBERTa the head start that ours has, see `lab_lm.nets.start`"
+    import numpy as np
+    import torch
+    from lab_lm.nets.start import token_frequencies
+    known = token_frequencies(np.concatenate([row['input_ids'] for row in rows]), len(tokenizer), tokenizer.all_special_ids)
+    with torch.no_grad(): model.lm_head.bias.copy_(torch.from_numpy(known).log()), model.lm_head.layer_norm.weight.mul_(.1)
+
+
 def trainer(side, train, tokenizer, steps, gate):
     "transformers' Trainer, told what the example script tells it or what `side` says"
     import torch
@@ -118,7 +127,8 @@ def trainer(side, train, tokenizer, steps, gate):
         vocab_size=len(tokenizer), hidden_size=SHAPE['width'], num_hidden_layers=SHAPE['layers'], num_attention_heads=SHAPE['heads'], intermediate_size=4 * SHAPE['width'],
         max_position_embeddings=LENGTH + 2, type_vocab_size=1, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, hidden_dropout_prob=side['dropout'], attention_probs_dropout_prob=side['dropout']))
-    collate, counts = DataCollatorForLanguageModeling(tokenizer, mlm_probability=.15), deque()
+    rows, collate, counts = rows_for_trainer(train, tokenizer, side['mode']), DataCollatorForLanguageModeling(tokenizer, mlm_probability=.15), deque()
+    if side['start']: same_start(model, rows, tokenizer)
 
     def counted(rows):
         counts.append(sum(map(lambda row: len(row['input_ids']), rows)))
@@ -133,13 +143,14 @@ def trainer(side, train, tokenizer, steps, gate):
             folder, max_steps=steps, per_device_train_batch_size=side['batch'], learning_rate=side['lr'], warmup_steps=side['warmup'], use_cpu=not torch.cuda.is_available(),
             train_sampling_strategy='group_by_length' if side['grouped'] and side['mode'] == 'lines' else 'random',
             bf16=side['tuned'] and compute_dtype() == torch.bfloat16, save_strategy='no', report_to='none', disable_tqdm=True, seed=side.get('seed', 0))
-        Trainer(model, arguments, data_collator=counted, train_dataset=rows_for_trainer(train, tokenizer, side['mode']), callbacks=[Stretches()]).train()
+        Trainer(model, arguments, data_collator=counted, train_dataset=rows, callbacks=[Stretches()]).train()
     return model
 
 
 def ours(side, train, tokenizer, steps, gate):
     "lab_lm: packed rows, a head only where something is hidden, and the optimiser that `side` names; this is the one place that says how"
     import torch
+    from lab_lm.nets.start import start_from, token_frequencies
     from lab_lm.nets.transformer import NATIVE, NetConfig, Transformer
     from lab_lm.text.batches import read_stream, write_stream
     from lab_lm.text.rows import PackedRows, tokens_of
@@ -158,6 +169,7 @@ def ours(side, train, tokenizer, steps, gate):
     model = Transformer(NetConfig(positions='rotary', init=SHAPE['width'] ** -.5, **shape))
     with tempfile.TemporaryDirectory() as folder:
         rows = PackedRows(*read_stream(write_stream(tokens_of(train, tokenizer), f'{folder}/stream', len(tokenizer))), LENGTH)
+        if side['start']: start_from(model, token_frequencies(rows.ids, len(tokenizer), tokenizer.all_special_ids))
         feed = Feed(rows, Masked(tokenizer, side['mask'], split=(1., 0., 0.), multiple=64), side['batch'], seed=side.get('seed', 0))
         training = Training(steps=steps, lr=side['lr'], optimizer=side['optimizer'], weight_decay=.1, accumulate=side['accumulate'], schedule=Schedule(name='linear', warmup=side['warmup']), seed=side.get('seed', 0))
         Learner(model, feed, training, callbacks=[Stretches()]).fit()
@@ -368,13 +380,14 @@ def to_loss(minutes, threads):
     print(f'\nvalidation loss, nats per hidden token on fixed masks; {threads} threads')
     best = well_set(minutes, threads)
     peers[f"Trainer, well set ({best['mode']}, rate {best['lr']:g}, batch {best['batch']})"] = best
+    peers['the same, given our head start'] = best | dict(start=True)
     for name, side in peers.items():
         seen, memory = one_run(side, minutes * 60, threads)
         rows.append((name, seen, 2.5 if side['tuned'] else 10))
         print(f"  {name:<52} {seen[-1]['loss']:.3f} after {seen[-1]['seconds']:.0f} s, {seen[-1]['steps']} steps, {seen[-1]['tokens']:,} tokens; {memory['peak']:,.0f} MB", flush=True)
     for name, seen, part in rows:
         budget, target = seen[-1]['seconds'] / part, seen[-1]['loss']
-        own, memory = one_run(SIDES['lab_lm'], budget, threads)
+        own, memory = one_run(SIDES['lab_lm'], budget, threads, looks=48)
         at = reached(own, target)
         said = f'reaches it after {at:.1f} s, {seen[-1]["seconds"] / at:.1f} times as fast' if at else 'does not reach it'
         print(f"  lab_lm, a run of 1/{part:g} of that time ({own[-1]['seconds']:.0f} s), against {name}: {said}; ends at {own[-1]['loss']:.3f} ({target:.3f} wanted); {memory['peak']:,.0f} MB", flush=True)

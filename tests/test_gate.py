@@ -18,7 +18,9 @@ from lab_lm.gen.llama import Llama, llama_logprobs, llama_next
 from lab_lm.gen.prove import LIMITS, prove
 from lab_lm.gen.read import gguf_contents, gguf_tensor
 from lab_lm.gen.tensors import tensor_differences
+from lab_lm.nets.pretrained import load_model, quiet
 from lab_lm.nets.tiny import save_tiny
+from lab_lm.train.learner import fit
 
 torch.set_num_threads(1)
 RNG = random.Random()
@@ -192,17 +194,40 @@ def test_no_false_alarm(tmp_path, at):
             assert record['same'] >= .99 * record['positions'] and all(p['margin'] is None or p['margin'] < .003 for p in record['prompts'])
 
 
+def trained(folder, steps=80):
+    "A tiny model that has learned some of the texts: its weights and activations are no longer those of chance"
+    model, tokenizer = load_model(folder)
+    rows = [torch.tensor(tokenizer(text).input_ids[:48]) for text in TEXTS]
+    rows = [row for row in rows if len(row) == 48]
+    assert len(rows) >= 8
+    batches = ({'input_ids': (ids := torch.stack(RNG.sample(rows, 8))), 'labels': ids} for _ in iter(int, 1))
+    losses = fit(model, batches, steps, lr=3e-3)
+    assert losses[-1] < losses[0] - 2
+    with quiet(): model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize('model, tokenizer, dials', [('gemma', 'gemma', dict(layers=4, period=2, window=16, hidden=256, heads=4)), ('llama', 'gpt2', dict(hidden=256))])
+def test_no_false_alarm_where_something_was_learned(tmp_path, model, tokenizer, dials):
+    folder, apart = trained(save_tiny(tmp_path / 'm', TEXTS, model, tokenizer, 1200, SEED, **dials)), {}
+    for quant in ('f32', 'f16', 'q8_0', 'q4_k_m'):
+        record = judge(write_gguf(folder, tmp_path / f'{quant}.gguf', quant), folder)
+        assert record['passed'], (SEED, quant, record['refused_for'])
+        apart[quant] = record['difference']
+    assert apart['q4_k_m'] > .1 > .002 > record['unexplained'] # Far from transformers in fp32, and all of it explained
+
+
 def test_both_routes_give_the_same_numbers(home, monkeypatch):
     ids = [2, *RNG.sample(range(300, 500), 150)]
     with Llama(home / 'gemma.gguf') as llama:
         one, route = llama_logprobs(llama, ids), llama.route
         ends = np.stack([llama_next(llama, ids[:i]) for i in (1, 128, 129, 151)])
-        assert abs(one[[0, 127, 128, 150]] - ends).max() < 1e-4 and (llama_logprobs(llama, ids, 140) == one[140:]).all()
+        assert abs(one[[0, 127, 128, 150]] - ends).max() < 1e-3 and (llama_logprobs(llama, ids, 140) == one[140:]).all()
     if route == 'server': pytest.skip('this wheel does not let its library be called')
     monkeypatch.setattr(llama_module, '_interface', lambda: None)
     with Llama(home / 'gemma.gguf') as llama:
         assert llama.route == 'server'
-        np.testing.assert_allclose(llama_logprobs(llama, ids[:9]), one[:9], atol=1e-4)
+        np.testing.assert_allclose(llama_logprobs(llama, ids[:9]), one[:9], atol=1e-3) # The edges of the GELU table
 
 
 def test_a_library_of_another_layout_is_not_called():

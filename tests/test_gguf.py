@@ -78,9 +78,9 @@ def test_llama_gives_the_same_numbers_in_llama_cpp(shape, tokenizer, tmp_path):
     full_attention=dict(rope_type='linear', factor=8., rope_theta=1e6), sliding_attention=dict(rope_type='default', rope_theta=1e4)))])
 def test_gemma_gives_the_same_numbers_in_llama_cpp(shape, tokenizer, tmp_path):
     pytest.importorskip('xllamacpp')
-    from lab_lm.gen.measure import table_gelu
+    from lab_lm.gen.arithmetic import llama_arithmetic
     model = saved(tmp_path, tokenizer, Gemma3ForCausalLM, **shape)
-    with table_gelu(model): assert apart(model, write_gguf(tmp_path, tmp_path / 'm.gguf', 'f32')) < 2e-3, SEED
+    with llama_arithmetic(model): assert apart(model, write_gguf(tmp_path, tmp_path / 'm.gguf', 'f32')) < 2e-3, SEED
 
 
 def llama2c(path):

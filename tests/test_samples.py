@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from lab_lm.core.paths import find
-from lab_lm.evals.retrieval import read_beir
+from lab_lm.text.beir import read_beir
 from lab_lm.text.chat import check_chat
 from lab_lm.text.funnel import clean
 from lab_lm.text.script import LANG_SCRIPT, script_fraction, words

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['CHATS', 'token_differences', 'piece_strings', 'chat_differences', 'end_tokens', 'model_ends', 'continuation',
-           'table_gelu', 'distances', 'text_costs']
+           'distances', 'text_costs']
 
-# %% ../../nbs/gen/04_measure.ipynb #150d8008
+# %% ../../nbs/gen/04_measure.ipynb #cc2a89d5
 import math
 import unicodedata
-from contextlib import contextmanager
 
 import torch
 
+from .arithmetic import llama_arithmetic
 from .llama import llama_chat, llama_greedy, llama_ids, llama_logprobs
 
 # %% ../../nbs/gen/04_measure.ipynb #d11620a9
@@ -104,37 +104,28 @@ def continuation(
     margin = float(rows[equal].max() - rows[equal, there[equal]]) if equal < len(there) else None
     return dict(here=here[:ends], there=there, equal=min(equal, ends), margin=margin, stopped=margin is not None or ends == len(there))
 
-# %% ../../nbs/gen/04_measure.ipynb #00298b06
-@contextmanager
-def table_gelu(
-    model,  # A model in transformers
-):          # Yields the number of GELUs in it
-    "Inside the block the model's GELUs read and give half-precision numbers, as llama.cpp's table does"
-    gelus = [m for m in model.modules() if type(m).__name__.startswith('GELU')]
-    hooks = [g.register_forward_pre_hook(lambda _, x: (x[0].half().float(),)) for g in gelus]
-    hooks += [g.register_forward_hook(lambda _, x, y: y.half().float()) for g in gelus]
-    try: yield len(gelus)
-    finally: [h.remove() for h in hooks]
-
-# %% ../../nbs/gen/04_measure.ipynb #2e26cff3
+# %% ../../nbs/gen/04_measure.ipynb #adadf815
 @torch.no_grad()
 def distances(
     llama,        # An open `Llama`
     model,        # The model in transformers, fp32
     ids:list,     # Token ids, at most the context of `llama`
     first:int=0,  # Leave out what follows the tokens before this place
-    rounded=None, # The same model with the weights of the file, where these are rounded to few bits
+    rounded=None, # The same model with the weights of the file, where these differ from the model's
+    kinds=None,   # Weight -> its type in the file, see `lab_lm.gen.arithmetic`
 )->dict:          # positions, same (most probable token), difference, unexplained, tail (nats), kl (sum of nats), nats_here and nats_there (sums over the tokens that came)
     "How far two programs are apart along a row of tokens"
     read = lambda model: model(torch.tensor([ids])).logits[0, first:].float().log_softmax(-1)
     theirs, plain, source = torch.from_numpy(llama_logprobs(llama, ids, first)), read(model), rounded or model
-    with table_gelu(source) as gelus: table = read(source) if gelus or rounded else plain
+    with llama_arithmetic(source, kinds) as places: same = read(source) if places or rounded else plain
+    with llama_arithmetic(source, kinds, 1e-6): edges = read(source) - same if places else torch.zeros_like(same)
     if theirs.shape != plain.shape: raise ValueError(f"the file has {theirs.shape[1]} rows of pieces, the model {plain.shape[1]}; they are not the same model")
     likely, far = plain > math.log(.001), lambda gap, where=...: float(gap.abs()[where].max().nan_to_num(math.inf))
     came = torch.tensor(ids[first + 1:])[:, None]
     spent = lambda rows: -float(rows[:-1].gather(1, came).double().sum()) if len(came) else 0.
+    left = lambda *where: max(far(same - theirs, *where) - 2 * far(edges, *where), 0.)
     return dict(positions=len(plain), same=int((plain.argmax(-1) == theirs.argmax(-1)).sum()), difference=far(plain - theirs, likely),
-                unexplained=far(table - theirs, likely), tail=far(table - theirs), kl=float((plain.exp() * (plain - theirs)).double().sum()),
+                unexplained=left(likely), tail=left(), kl=float((plain.exp() * (plain - theirs)).double().sum()),
                 nats_here=spent(plain), nats_there=spent(theirs))
 
 # %% ../../nbs/gen/04_measure.ipynb #22b562f7

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEPTHS', 'LIMITS', 'LIMIT', 'Depth', 'matrix_type', 'gate_prompts', 'prove']
 
-# %% ../../nbs/gen/05_prove.ipynb #e8d2723e
+# %% ../../nbs/gen/05_prove.ipynb #6878303c
 import math
 from collections import Counter
 from copy import deepcopy
@@ -20,7 +20,7 @@ from .page import proof_page
 from .read import gguf_contents
 from .signatures import CAUSES, clashes, likely_causes, piece_differences, setting_differences
 from .strings import gate_strings
-from .tensors import file_weights, tensor_differences
+from .tensors import file_types, file_weights, tensor_differences
 from ..nets.pretrained import load_model
 
 # %% ../../nbs/gen/05_prove.ipynb #64ac5ec4
@@ -34,9 +34,9 @@ class Depth(NamedTuple):
 
 DEPTHS = dict(quick=Depth(200, 2000, 8, 16, 3000), full=Depth(1000, 300_000, 50, 64, 30_000))
 
-# %% ../../nbs/gen/05_prove.ipynb #0ea6d5eb
-LIMITS = dict(F32=.001, F16=.01, BF16=.1) # Type of the matrices -> largest unexplained difference in nats
-LIMIT = .25 # Of all other types
+# %% ../../nbs/gen/05_prove.ipynb #39515972
+LIMITS = dict(F32=.001, F16=.01, BF16=.02) # Type of the matrices -> largest unexplained difference in nats
+LIMIT = .05 # Of all other types
 
 def matrix_type(
     contents, # From `gguf_contents`
@@ -97,13 +97,13 @@ def _listen(llama, model, tokenizer, e, strings):
     e['ends_more'] = {i: p for i, p in more.items() if i in (e['pad'], e['told_end'])}
     e['ends_also'], e['compared'] = [p for i, p in more.items() if i not in e['ends_more']], len(strings)
 
-# %% ../../nbs/gen/05_prove.ipynb #8f609830
-def _compute(llama, model, e, prompts, n, rounded):
+# %% ../../nbs/gen/05_prove.ipynb #a18630e1
+def _compute(llama, model, e, prompts, n, rounded, kinds):
     "Continuations and probabilities; the evidence gets `wrong`, in words, where they differ"
     rows, limit, wrong = [], LIMITS.get(e['type'], LIMIT), []
     for i, (text, ids, follow) in enumerate(prompts):
         first = len(ids) - 1 if follow else 0
-        r = dict(prompt=text, **continuation(llama, model, ids, n), **distances(llama, model, [*ids, *follow], first, rounded))
+        r = dict(prompt=text, **continuation(llama, model, ids, n), **distances(llama, model, [*ids, *follow], first, rounded, kinds))
         far = max(limit, r['difference'] if e['type'] != 'F32' else 0.)
         if not r['unexplained'] <= limit: wrong.append(f"log-probabilities differ by {r['unexplained']:.4f} on prompt {i}; the limit is {limit}")
         elif r['margin'] is not None and r['margin'] > 2 * far: wrong.append(f"prompt {i} is continued differently from token {r['equal']} on, by a margin of {r['margin']:.4f}")
@@ -164,14 +164,15 @@ def _finite(value):
     if isinstance(value, (list, tuple)): return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../../nbs/gen/05_prove.ipynb #74337f88
+# %% ../../nbs/gen/05_prove.ipynb #a917bd1a
 def _examine(path, folder, model, tokenizer, e, pairs, texts, how):
     "Open the file and fill in the evidence; returns the prompts' rows, the costs of the texts, and the route of the numbers"
     import torch
     e['model_rows'] = model.get_input_embeddings().num_embeddings
     small, rows, costs, route = how is DEPTHS['full'] or model.num_parameters() < 3e8, [], {}, ''
     if small: e['tensors'] = tensor_differences(path, folder)
-    rounded = _rounded(model, path, folder) if e['type'] not in LIMITS and not e['tensors']['differ'] else None
+    kinds = file_types(path, folder) if not e['tensors']['differ'] else {}
+    rounded = _rounded(model, path, folder) if e['type'] != 'F32' and kinds and (e['tensors']['worst'] or not small) else None
     window = min(256, model.config.get_text_config().max_position_embeddings)
     context = max(window, 2 * how.tokens + max(len(ids) + len(follow) for _, ids, follow in pairs))
     try: llama = Llama(path, context, max(1, torch.get_num_threads()), careful=bool(how is DEPTHS['full'] or e['settings'] or e['tensors']['differ']))
@@ -181,7 +182,7 @@ def _examine(path, folder, model, tokenizer, e, pairs, texts, how):
             strings = [*gate_strings(how.strings), *piece_strings(tokenizer, how.pieces), *clashes(e['pieces']['late'], tokenizer.convert_ids_to_tokens(range(len(tokenizer))))]
             _listen(llama, model, tokenizer, e, [*strings, *(text for text, _, _ in pairs if '…' not in text)])
             if e['rows'] == e['model_rows']:
-                rows, costs, route = _compute(llama, model, e, pairs, how.tokens, rounded), _costs(llama, model, tokenizer, texts, how.bytes, window), llama.route
+                rows, costs, route = _compute(llama, model, e, pairs, how.tokens, rounded, kinds), _costs(llama, model, tokenizer, texts, how.bytes, window), llama.route
     if not small and (e['numbers'] or not e['loads']): e['tensors'] = tensor_differences(path, folder)
     return rows, costs, route
 
