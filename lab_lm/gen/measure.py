@@ -104,7 +104,7 @@ def continuation(
     margin = float(rows[equal].max() - rows[equal, there[equal]]) if equal < len(there) else None
     return dict(here=here[:ends], there=there, equal=min(equal, ends), margin=margin, stopped=margin is not None or ends == len(there))
 
-# %% ../../nbs/gen/04_measure.ipynb #adadf815
+# %% ../../nbs/gen/04_measure.ipynb #d5120842
 @torch.no_grad()
 def distances(
     llama,        # An open `Llama`
@@ -123,7 +123,7 @@ def distances(
     likely, far = plain > math.log(.001), lambda gap, where=...: float(gap.abs()[where].max().nan_to_num(math.inf))
     came = torch.tensor(ids[first + 1:])[:, None]
     spent = lambda rows: -float(rows[:-1].gather(1, came).double().sum()) if len(came) else 0.
-    left = lambda *where: max(far(same - theirs, *where) - 2 * far(edges, *where), 0.)
+    left = lambda *where: gap if math.isinf(gap := far(same - theirs, *where)) else max(gap - 2 * far(edges, *where), 0.)
     return dict(positions=len(plain), same=int((plain.argmax(-1) == theirs.argmax(-1)).sum()), difference=far(plain - theirs, likely),
                 unexplained=left(likely), tail=left(), kl=float((plain.exp() * (plain - theirs)).double().sum()),
                 nats_here=spent(plain), nats_there=spent(theirs))

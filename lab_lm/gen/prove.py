@@ -97,14 +97,14 @@ def _listen(llama, model, tokenizer, e, strings):
     e['ends_more'] = {i: p for i, p in more.items() if i in (e['pad'], e['told_end'])}
     e['ends_also'], e['compared'] = [p for i, p in more.items() if i not in e['ends_more']], len(strings)
 
-# %% ../../nbs/gen/05_prove.ipynb #a18630e1
+# %% ../../nbs/gen/05_prove.ipynb #8f98507a
 def _compute(llama, model, e, prompts, n, rounded, kinds):
     "Continuations and probabilities; the evidence gets `wrong`, in words, where they differ"
     rows, limit, wrong = [], LIMITS.get(e['type'], LIMIT), []
     for i, (text, ids, follow) in enumerate(prompts):
         first = len(ids) - 1 if follow else 0
         r = dict(prompt=text, **continuation(llama, model, ids, n), **distances(llama, model, [*ids, *follow], first, rounded, kinds))
-        far = max(limit, r['difference'] if e['type'] != 'F32' else 0.)
+        far = max(limit, r['difference'])
         if not r['unexplained'] <= limit: wrong.append(f"log-probabilities differ by {r['unexplained']:.4f} on prompt {i}; the limit is {limit}")
         elif r['margin'] is not None and r['margin'] > 2 * far: wrong.append(f"prompt {i} is continued differently from token {r['equal']} on, by a margin of {r['margin']:.4f}")
         elif not r['stopped']: wrong.append(f'the continuation of prompt {i} ends at another place')

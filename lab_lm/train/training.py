@@ -44,13 +44,14 @@ def label_count(
     "Labels in a batch"
     return int((batch['labels'] != -100).sum()) if 'labels' in batch else 0
 
-# %% ../../nbs/train/05_training.ipynb #0624f1ed
+# %% ../../nbs/train/05_training.ipynb #6d5d2578
 def real_tokens(
     batch:dict, # A batch of any kind
-)->int:         # Padding is none; 0 where there are no `input_ids`
+)->int:         # Padding is none; 0 where there are neither masks nor `input_ids`
     "Tokens in a batch that are text"
     if 'texts' in batch: return int((batch['texts'] > 0).sum())
-    return int(batch['attention_mask'].sum()) if 'attention_mask' in batch else batch['input_ids'].numel() if 'input_ids' in batch else 0
+    masks = [mask for name, mask in batch.items() if name.endswith('_mask')] # A batch of pairs has several
+    return sum(int(mask.sum()) for mask in masks) if masks else batch['input_ids'].numel() if 'input_ids' in batch else 0
 
 # %% ../../nbs/train/05_training.ipynb #546855cc
 def shares(
