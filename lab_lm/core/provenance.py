@@ -46,7 +46,7 @@ def scrub_all(
 # %% ../../nbs/core/04_provenance.ipynb #824a16ca
 KEPT_ENV = ('LAB_LM_', 'CUDA_', 'OMP_', 'TORCH_', 'HF_', 'TRANSFORMERS_', 'SLURM_', 'GLIBC_', 'PYTHONHASHSEED', 'COLAB_RELEASE')
 
-# %% ../../nbs/core/04_provenance.ipynb #558f4273
+# %% ../../nbs/core/04_provenance.ipynb #7da99448
 def provenance(
     seed:int=0, # The run's seed
 )->dict:        # JSON-ready: command, time, python, packages, git, hardware, environment
@@ -54,7 +54,7 @@ def provenance(
     env = {k: v for k, v in sorted(os.environ.items()) if k.startswith(KEPT_ENV) and not SECRET_NAME.search(k)}
     record = dict(command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), started=datetime.now(timezone.utc).isoformat(timespec='seconds'),
                 seed=seed, python=platform.python_version(), system=platform.platform(), hardware=hardware(), environment=env, git=git_state(),
-                packages=dict(sorted((d.metadata['Name'], d.version) for d in distributions() if d.metadata['Name'])))
+                packages=dict(sorted((about['Name'], about['Version']) for d in distributions() if (about := d.metadata)['Name'])))
     return scrub_all(record)
 
 # %% ../../nbs/core/04_provenance.ipynb #4057fa01

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'SHAPE', 'MLMConfig', 'run']
 
-# %% ../../nbs/02_mlm_training.ipynb #42592733
+# %% ../../nbs/02_mlm_training.ipynb #1acaf127
 from collections import Counter
 from typing import Literal
 
@@ -25,6 +25,7 @@ from ..nets.door import Door, can_pack, positions_of
 from ..nets.fill import guesses, hide_word
 from ..nets.native import save
 from ..nets.pretrained import load_model
+from ..nets.start import start_from, token_frequencies
 from ..nets.transformer import Transformer, preset
 from ..text.batches import read_stream, write_stream
 from ..text.funnel import Steps, clean
@@ -44,7 +45,7 @@ from ..train.schedules import Schedule
 from ..train.trackers import Tracking
 from ..train.training import Training
 
-# %% ../../nbs/02_mlm_training.ipynb #0b03056b
+# %% ../../nbs/02_mlm_training.ipynb #e04144eb
 STEPS = dict(tiny=150, small=20_000, base=100_000)
 SHAPE = dict(tiny='tiny', small='10M', base='110M') # Size to preset
 
@@ -65,6 +66,7 @@ class MLMConfig(ChapterConfig):
     bert_noise:bool=False  # At two tenths of the hidden places show a random token or the token itself, as BERT did
     causal_share:Share=0.0625      # Share of the rows that a hybrid model reads causally
     curriculum:Literal['none', 'length', 'frequency', 'morphology', 'combined', 'random']='none' # Begin with texts that are easy in this sense
+    head_start:bool=False  # Let a new model begin with the frequencies of its tokens; pays in runs of minutes, see nets.start
     optimizer:Literal['muon', 'adamw', 'adam', 'sgd', 'rmsprop', 'adafactor']='muon' # muon: Muon for the matrices of the layers, AdamW for the rest
     schedule:str='cosine'  # Of the learning rate, see train.schedules
     lr:PositiveFloat=1e-2  # Highest learning rate; Muon wants two to four times AdamW's
@@ -73,7 +75,7 @@ class MLMConfig(ChapterConfig):
     workers:NonNegativeInt=0       # Processes that make batches ahead
     tracker:Literal['none', 'tensorboard', 'wandb', 'trackio']='none' # Where curves go besides the run's folder; offline
 
-# %% ../../nbs/02_mlm_training.ipynb #f103dc1e
+# %% ../../nbs/02_mlm_training.ipynb #4ccb2a66
 def run(
     cfg:MLMConfig, # Settings; `MLMConfig()` is the tiny run on the samples
 )->Run:            # The finished run: model and tokenizer in `model`, scores `bits_per_byte` and `bits_per_byte/<lang>`
@@ -85,6 +87,7 @@ def run(
     model, tokenizer = _model(cfg, parts['train'])
     with Run.start(cfg, 'mlm', resume=True) as run:
         feed, steps = _feed(run, cfg, model, tokenizer, parts['train']), cfg.steps or STEPS[cfg.size]
+        if cfg.head_start: start_from(model, token_frequencies(feed.rows.ids, len(tokenizer), tokenizer.all_special_ids))
         run.note(f'{_size(model):,} weights, {len(parts["train"]):,} training texts, {len(feed.rows.ids):,} tokens, {steps:,} steps of {cfg.batch_size} rows; '
                  f'{len(test)} texts held out for the test.')
         for reason, n in (skipped + ledger.lost()).items(): run.note(f'{n} left out before training: {reason}.')
@@ -94,10 +97,11 @@ def run(
         if main_process(): _finish(run, cfg, model, tokenizer, parts, test)
     return run
 
-# %% ../../nbs/02_mlm_training.ipynb #ca15ca13
+# %% ../../nbs/02_mlm_training.ipynb #78e02c14
 def _model(cfg, train):
     "The model and its tokenizer"
     kind = 'causal' if cfg.mode == 'causal' else 'masked'
+    if cfg.head_start and (cfg.model or cfg.mode == 'causal'): raise ValueError("a head start is for a new model of mode masked or hybrid; leave head_start out")
     if cfg.model and cfg.mode == 'hybrid': raise ValueError(f"a hybrid model cannot be made of {cfg.model!r}, which reads one way; take mode=masked or mode=causal, or leave model empty")
     if cfg.model:
         model, tokenizer = load_model(cfg.model, kind)
