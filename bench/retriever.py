@@ -35,7 +35,7 @@ from lab_lm.evals.retrieval import evaluate
 from lab_lm.evals.stats import bootstrap, paired_bootstrap, paired_permutation
 from lab_lm.nets.encode import encode
 from lab_lm.nets.search import search
-from lab_lm.nets.sentence import SentenceEncoder
+from lab_lm.nets.sentence import SentenceEncoder, projection_of
 from lab_lm.text.bm25 import BM25
 from lab_lm.text.pairs import Triplet, chance, check_triplets
 from lab_lm.text.rows import mixed, permuted
@@ -160,21 +160,26 @@ class Rows:
 
 
 class Head(torch.nn.Module):
-    "A linear map of pooled vectors, which are looked up by the number of their text"
-    def __init__(self, pooled):
+    "What is trained: a projection of pooled vectors, which are looked up by the number of their text"
+    def __init__(self, pooled, kind, seed):
         super().__init__()
         self.register_buffer('pooled', pooled)
-        self.config, self.map = SimpleNamespace(), torch.nn.Linear(*[pooled.shape[1]] * 2)
-        with torch.no_grad(): self.map.weight.copy_(torch.eye(pooled.shape[1]) / pooled.square().mean().sqrt()), self.map.bias.zero_()
+        self.config, width = SimpleNamespace(), pooled.shape[1]
+        with seeded(seed): self.projection = projection_of(kind, width, width)
+        last = self.projection[-1]
+        with torch.no_grad():
+            if kind == 'linear': last.weight.copy_(torch.eye(width)), last.bias.zero_()
+            size = self.projection.eval()(pooled).square().mean().sqrt()
+            last.weight.div_(size), last.bias.div_(size)
 
-    def forward(self, ids, mask=None): return self.map(self.pooled[ids[:, 0]])
+    def forward(self, ids, mask=None): return self.projection(self.pooled[ids[:, 0]])
 
 
 # ---- one run
 
 def train(task, run):
     "The tuned map, and the mean of each term over the last tenth of the steps"
-    head, terms = Head(task.pooled), []
+    head, terms = Head(task.pooled, run.get('head', 'linear'), run.get('seed', 0)), []
     if run['system'] == 'untuned': return head, {}
     model = Contrastive(head, both=True, sigreg=run.get('weight', 0.), scale=run.get('scale', 'raw'), directions=256)
     def loss(net, batch):
@@ -189,7 +194,7 @@ def train(task, run):
 
 def checked(task, head, n=8):
     "The map is the projection of a real encoder: a `SentenceEncoder` with it gives the same vectors"
-    encoder = SentenceEncoder(task.base.base, task.base.tokenizer, projection=torch.nn.Sequential(head.map), freeze='all', max_length=task.base.max_length)
+    encoder = SentenceEncoder(task.base.base, task.base.tokenizer, projection=head.projection, freeze='all', max_length=task.base.max_length)
     with torch.no_grad(): mine = head(torch.arange(n)[:, None]).numpy()
     assert np.allclose(encode(encoder, task.texts[:n]), mine, atol=1e-3 * np.abs(mine).max())
 
@@ -227,7 +232,7 @@ class Results:
 
     def need(self, task, args, part, system, seed=0, weight=0., scale='raw'):
         run = dict(task=task.name, part=part, small=task.small, system=system)
-        if system != 'untuned': run |= dict(seed=seed, steps=args.steps, lr=args.lr)
+        if system != 'untuned': run |= dict(seed=seed, steps=args.steps, lr=args.lr, head=args.head)
         if system == 'SIGReg': run |= dict(weight=weight, scale=scale)
         key = json.dumps(run, sort_keys=True)
         if key not in self.found:
@@ -279,6 +284,7 @@ def main():
     parser.add_argument('tasks', nargs='*', default=['wiki_en', 'wiki_hi', 'tatoeba'], help='wiki_en, wiki_hi, tatoeba')
     parser.add_argument('--steps', type=int, default=400, help='of tuning')
     parser.add_argument('--lr', type=float, default=1e-3, help='of tuning')
+    parser.add_argument('--head', default='mlp', choices=('linear', 'mlp'), help='what is trained; linear starts as the identity')
     parser.add_argument('--seeds', type=int, default=3)
     parser.add_argument('--weight', type=float, default=.01, help='of SIGReg')
     parser.add_argument('--scale', default='raw', choices=('raw', 'sphere'), help='of SIGReg: vectors as they are, or their directions')

@@ -17,7 +17,8 @@ import pytest
 from lab_lm.core.paths import shared_data
 from lab_lm.evals.retrieval import per_query
 from lab_lm.text.beir import read_beir
-from lab_lm.text.bm25 import ANALYSERS, BM25, VARIANTS, analyser, broken_words, letters_kept, terms
+from lab_lm.text.analysers import ANALYSERS, analyser, broken_words, letters_kept, terms
+from lab_lm.text.bm25 import BM25, VARIANTS
 from lab_lm.text.morph import read_conllu
 from lab_lm.text.normalise import normalise, profile
 from lab_lm.text.ranking import fuse, ranking, top

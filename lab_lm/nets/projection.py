@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['PROJECTIONS', 'ACTIVATIONS', 'projection_of', 'plain_tensors', 'projection_parts', 'read_part']
 
-# %% ../../nbs/nets/04_projection.ipynb #b608cfab
+# %% ../../nbs/nets/04_projection.ipynb #55f0114e
 import json
 from pathlib import Path
 
-import torch
 from torch import nn
 
 # %% ../../nbs/nets/04_projection.ipynb #7d2d37b1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TUNE', 'LEXICAL', 'DENSE', 'SYSTEMS', 'BeirConfig', 'run']
 
-# %% ../../nbs/04_beir_eval.ipynb #518f7995
+# %% ../../nbs/04_beir_eval.ipynb #e45aefef
 from copy import copy
 from dataclasses import replace
 from typing import Literal
@@ -16,12 +16,13 @@ from ..core.config import ChapterConfig
 from ..core.paths import find, folder_or_name
 from ..core.progress import main_process
 from ..core.runs import Run
-from ..core.viz import bars, curves, new_axes
+from ..core.viz import bars, new_axes
 from ..evals.retrieval import evaluate, retrieval_score
 from ..evals.stats import paired_bootstrap
 from ..evals.systems import compare, corrected, hardest, with_published
 from ..text.beir_sets import beir_sets, find_tasks, published
-from ..text.bm25 import BM25, broken_words, letters_kept
+from ..text.analysers import broken_words, letters_kept
+from ..text.bm25 import BM25
 from ..text.pairs import read_triplets
 from ..text.ranking import fuse
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'ExploreConfig', 'run']
 
-# %% ../../nbs/01_setup_exploration.ipynb #0cc314af
+# %% ../../nbs/01_setup_exploration.ipynb #7e51545a
 import os
 import tempfile
 from collections import Counter
@@ -22,7 +22,7 @@ from ..core.runs import Run, Score
 from ..core.viz import bars, boxes, curves, hist, new_axes
 from ..evals.stats import bootstrap_ratio
 from ..text.balance import balanced_splits, split_table
-from ..text.bm25 import broken_words
+from ..text.analysers import broken_words
 from ..text.card import About, card_figure, export
 from ..text.fertility import compare
 from ..text.corpus import SPLITS

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['TextTable', 'PairRows']
 
-# %% ../../nbs/text/16_pair_rows.ipynb #52ed4fce
+# %% ../../nbs/text/16_pair_rows.ipynb #50fb6c3b
 import hashlib
 
 import numpy as np
 
 from ..core.progress import say, track
 from .labelled import padded
-from .pairs import Triplet
 from .rows import mixed, permuted
 
 # %% ../../nbs/text/16_pair_rows.ipynb #df32aab5
