@@ -1,14 +1,14 @@
 """Which recipe learns more from the same tokens: hybrid against causal and masked, Muon against AdamW; 3 seeds, with intervals
 
-    python bench/quality.py [--tokens 400000] [--batch 8] [--share 0.5] [--only optimisers] [--out results.jsonl]
+    python bench/quality.py [--tokens 400000] [--batch 8] [--share 0.5] [--only masked] [--out results.jsonl]
 
 Text: Hindi Wikipedia and Premchand's stories, and for every run alike 10 % (of the characters) of text in pocket Hindi, so that the vocabulary of the
 minimal pairs is known; pairs whose good sentence stands in the training text are left out. Akshara BPE of 8,000, a transformer of 4 layers of 128,
 rows of 128 tokens, a linear schedule. One thread a process, two processes at a time.
 
-Every finished run is a line of the results file, with what each text and each pair cost; it is not done again. First comes the sweep of the rates
-(causal, seed 0), then the seeds. Muon moves the matrices of the layers only; everything else keeps AdamW and AdamW's best rate. All modes use the rates
-of the optimiser that did better on the causal model.
+Every finished run is a line of the results file, with what each text and each pair cost; it is not done again. Each mode has a sweep of the rates of its
+own (seed 0): a rate that is right for a causal model can leave a masked one on the plateau of token frequencies. Then come the seeds. Muon moves the matrices of the
+layers only; everything else keeps AdamW and AdamW's best rate. Each mode then uses the optimiser that did better on it.
 """
 import argparse
 import json
@@ -27,7 +27,8 @@ import numpy as np
 from pretraining import CACHE, SMALL, tokenizer_of
 
 SEEDS, LENGTH, VOCAB, LOOKS = (0, 1, 2), 128, 3000 if SMALL in sys.argv else 8000, 20
-RATES = {'adamw': (3e-3, 6e-3, 1.2e-2), 'muon': (1.5e-3, 3e-3, 6e-3, 1.2e-2)}
+RATES = {'causal': {'adamw': (3e-3, 6e-3, 1.2e-2), 'muon': (1.5e-3, 3e-3, 6e-3)}, 'masked': {'adamw': (7.5e-4, 1.5e-3, 3e-3), 'muon': (1.5e-3, 3e-3, 6e-3)},
+         'hybrid': {'adamw': (1.5e-3, 3e-3, 6e-3), 'muon': (1.5e-3, 3e-3, 6e-3)}}
 SHAPE = dict(layers=4, width=128, heads=4)
 
 
@@ -63,41 +64,57 @@ def objective(run, tokenizer):
     return masked if run['mode'] == 'masked' else Hybrid(MaskedNext(masked), run['share'])
 
 
+class Next:
+    "A hybrid model, which predicts hidden tokens one place to the left, read as if it did so in place"
+    def __init__(self, inner): self.inner, self.config = inner, getattr(inner, 'config', None)
+    def __getattr__(self, name): return getattr(self.inner, name)
+
+    def __call__(self, **inputs):
+        out = self.inner(**inputs)
+        out.logits = out.logits.roll(1, 1)
+        return out
+
+
+def readers(model, mode):
+    "The ways of reading that a model has"
+    from lab_lm.evals.causal import in_mode
+    ways = {'causal': in_mode(model, causal=True)} if mode != 'masked' else {}
+    if mode != 'causal': ways['masked'] = in_mode(model, causal=False) if mode == 'masked' else Next(in_mode(model, causal=False))
+    return ways
+
+
 def measure(model, mode, tokenizer, held, pairs):
     "What every text and every pair costs in each way of reading that the model has"
-    import torch
-    from lab_lm.evals.causal import causal_nats, causal_rows, in_mode, text_sums
+    from lab_lm.evals.causal import causal_nats, causal_rows, text_sums
     from lab_lm.evals.lm import masked_nats, masked_rows
     from lab_lm.evals.pairs import pair_nats
-
-    class Next(torch.nn.Module):
-        "A model that predicts hidden tokens one place to the left, read as if it did so in place"
-        def __init__(self, inner): super().__init__(); self.inner, self.training = inner, inner.training
-        def forward(self, **inputs):
-            out = self.inner(**inputs)
-            out.logits = out.logits.roll(1, 1)
-            return out
-    out = {}
-    if mode != 'masked':
-        net = in_mode(model, causal=True)
+    out, ways = {}, readers(model, mode)
+    if 'causal' in ways:
         rows = causal_rows(tokenizer, held)
-        sums = np.array([text_sums(*each) for each in zip(rows, *causal_nats(net, tokenizer, rows, LENGTH))])
+        sums = np.array([text_sums(*each) for each in zip(rows, *causal_nats(ways['causal'], tokenizer, rows, LENGTH))])
         out['causal'] = dict(nats=sums[:, 0].tolist(), bytes=sums[:, 3].tolist())
-        out['pairs_causal'] = pair_nats(net, tokenizer, pairs).tolist()
-    if mode != 'causal':
-        net = in_mode(model, causal=False) if mode == 'masked' else Next(in_mode(model, causal=False))
+        out['pairs_causal'] = pair_nats(ways['causal'], tokenizer, pairs).tolist()
+    if 'masked' in ways:
         rows = masked_rows(tokenizer, held, max_length=LENGTH)
         nats, size = np.zeros(len(held)), np.zeros(len(held))
-        for row, cost in zip(rows, masked_nats(net, tokenizer, rows)): nats[row.text] += cost.sum(); size[row.text] += row.bytes.sum()
+        for row, cost in zip(rows, masked_nats(ways['masked'], tokenizer, rows)): nats[row.text] += cost.sum(); size[row.text] += row.bytes.sum()
         out['masked'] = dict(nats=nats.tolist(), bytes=size.tolist())
-        out['pairs_masked'] = pair_nats(net, tokenizer, pairs, 'masked').tolist()
+        out['pairs_masked'] = pair_nats(ways['masked'], tokenizer, pairs, 'masked').tolist()
     return out
 
 
-def one(run):
-    "In the child: train, look at the held-out loss on the way (causal runs), measure; the result is one line"
-    import torch
+def watching(mode, tokenizer, texts):
+    "From a model to its held-out loss: nats a token, the mean over its ways of reading"
     from lab_lm.evals.causal import causal_nats, causal_rows
+    from lab_lm.evals.lm import masked_nats, masked_rows
+    lines, holes = causal_rows(tokenizer, texts), masked_rows(tokenizer, texts, max_length=LENGTH)
+    cost = dict(causal=lambda net: causal_nats(net, tokenizer, lines, LENGTH)[0], masked=lambda net: masked_nats(net, tokenizer, holes))
+    return lambda net: dict(held_out=float(np.mean([np.concatenate(cost[way](read)).mean() for way, read in readers(net, mode).items()])))
+
+
+def one(run):
+    "In the child: train, look at the held-out loss on the way, measure; the result is one line"
+    import torch
     from lab_lm.nets.transformer import NATIVE, NetConfig, Transformer
     from lab_lm.text.batches import read_stream, write_stream
     from lab_lm.text.rows import PackedRows, tokens_of
@@ -112,15 +129,13 @@ def one(run):
     torch.manual_seed(run['seed'])
     model = Transformer(NetConfig(vocab_size=len(tokenizer), mode=run['mode'], positions='rotary', max_length=LENGTH, pad_id=tokenizer.pad_token_id,
                                   init=SHAPE['width'] ** -.5, **SHAPE, **NATIVE['masked']))
-    steps, watched = max(LOOKS, round(run['tokens'] / run['batch'] / LENGTH)), causal_rows(tokenizer, held[:60])
-
-    def held_out(net): return dict(held_out=float(np.concatenate(causal_nats(net, tokenizer, watched, LENGTH)[0]).mean()))
+    steps = max(LOOKS, round(run['tokens'] / run['batch'] / LENGTH))
     rest = {n: run['rest'] / run['lr'] for n, p in model.named_parameters() if not n.startswith('blocks.') or p.ndim < 2}
     with tempfile.TemporaryDirectory() as folder:
         rows = PackedRows(*read_stream(write_stream(tokens_of(train, tokenizer), f'{folder}/stream', len(tokenizer))), LENGTH)
         training = Training(steps=steps, lr=run['lr'], optimizer=run['optimizer'], weight_decay=.1, schedule=Schedule(name='linear', warmup=.1), seed=run['seed'],
-                            evaluate_every=max(1, steps // LOOKS) if run['mode'] == 'causal' else 0)
-        log = Learner(model, Feed(rows, objective(run, tokenizer), run['batch'], seed=run['seed']), training, evaluate=held_out if run['mode'] == 'causal' else None,
+                            evaluate_every=max(1, steps // LOOKS))
+        log = Learner(model, Feed(rows, objective(run, tokenizer), run['batch'], seed=run['seed']), training, evaluate=watching(run['mode'], tokenizer, held[:60]),
                       optimizer=make_optimizer(run['optimizer'], model, run['lr'], weight_decay=.1, rates=rest)).fit()
     looks = [[row['step'] + 1, row['held_out']] for row in log if 'held_out' in row]
     print(json.dumps(dict(run=run, steps=steps, looks=looks, **measure(model, run['mode'], tokenizer, held, pairs))))
@@ -187,30 +202,33 @@ def steps_to(looks, loss):
     return None
 
 
-def optimisers(results, tokens, batch):
-    "Muon against AdamW, both at their best rates; returned is what did better"
-    base, best = dict(mode='causal', tokens=tokens, batch=batch, share=1.), {}
-    for o in RATES:
-        every = results.need([base | dict(optimizer=o, lr=lr, rest=best.get('adamw', lr), seed=0) for lr in RATES[o]])
+SHARES = dict(causal=1., masked=0.)
+
+
+def optimisers(results, mode, tokens, batch, share):
+    "Muon against AdamW on one mode, both at their best rates; returned is what did better"
+    base, best = dict(mode=mode, tokens=tokens, batch=batch, share=SHARES.get(mode, share)), {}
+    for o, rates in RATES[mode].items():
+        every = results.need([base | dict(optimizer=o, lr=lr, rest=best.get('adamw', lr), seed=0) for lr in rates])
         final = {r['run']['lr']: r['looks'][-1][1] for r in every}
         best[o] = min(final, key=final.get)
-        print(f"  {o}: held-out loss by rate: {', '.join(f'{lr:g}: {loss:.3f}' for lr, loss in final.items())}" + (' (best at the edge of the sweep)' if best[o] in (RATES[o][0], RATES[o][-1]) else ''), flush=True)
+        print(f"  {mode}, {o}: held-out loss by rate: {', '.join(f'{lr:g}: {loss:.3f}' for lr, loss in final.items())}" + (' (best at the edge of the sweep)' if best[o] in (rates[0], rates[-1]) else ''), flush=True)
     def seeds(optimizer, tokens): return results.need([base | dict(optimizer=optimizer, lr=best[optimizer], rest=best['adamw'], seed=s, tokens=tokens) for s in SEEDS])
-    adamw, muon = (seeds(o, tokens) for o in RATES)
+    adamw, muon = (seeds(o, tokens) for o in RATES[mode])
     for a, m in zip(adamw, muon):
         at = steps_to(m['looks'], a['looks'][-1][1])
         print(f"  seed {a['run']['seed']}: AdamW ends at {a['looks'][-1][1]:.4f} after {a['steps']} steps; Muon ends at {m['looks'][-1][1]:.4f} and "
               + (f"passes AdamW's end after {at:.0f} steps, {at / a['steps']:.0%}" if at else "does not reach AdamW's end"))
-    better = relative(muon, adamw, 'causal')[0] < 0
-    for name, share in (('as many steps', 1.), *([('80 % of the steps, its own whole schedule', .8)] if better else [])):
-        print('  Muon with {}: bits per byte {:+.2f} % against AdamW [{:+.2f}, {:+.2f}]'.format(name, *relative(seeds('muon', round(share * tokens)), adamw, 'causal')), flush=True)
+    part = 'masked' if mode == 'masked' else 'causal'
+    better = relative(muon, adamw, part)[0] < 0
+    for name, less in (('as many steps', 1.), *([('80 % of the steps, its own whole schedule', .8)] if better else [])):
+        print('  Muon with {}: bits per byte {:+.2f} % against AdamW [{:+.2f}, {:+.2f}]'.format(name, *relative(seeds('muon', round(less * tokens)), adamw, part)), flush=True)
     return dict(optimizer='muon' if better else 'adamw', lr=best['muon' if better else 'adamw'], rest=best['adamw'])
 
 
 def modes(results, tokens, batch, share, rates):
-    "Hybrid against its parents"
-    shares = dict(causal=1., masked=0., hybrid=share)
-    runs = results.need([dict(mode=m, tokens=tokens, batch=batch, share=shares[m], seed=s, **rates) for m in shares for s in SEEDS])
+    "Hybrid against its parents, each with the optimiser and the rate that suit it"
+    runs = results.need([dict(mode=m, tokens=tokens, batch=batch, share=SHARES.get(m, share), seed=s, **rates[m]) for m in rates for s in SEEDS])
     causal, masked, hybrid = (runs[i:i + len(SEEDS)] for i in range(0, len(runs), len(SEEDS)))
     for part, parent in (('causal', causal), ('masked', masked)):
         shown = lambda runs: ' '.join(f'{b:.4f}' for b in bits(runs, part))
@@ -239,7 +257,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tokens', type=int, default=400_000, help='tokens of training in each run')
     parser.add_argument('--batch', type=int, default=8, help='rows of 128 tokens in a step')
-    parser.add_argument('--only', choices=['optimisers'], help='leave the modes out')
+    parser.add_argument('--only', choices=list(RATES), help="Muon against AdamW on this mode, and nothing else")
     parser.add_argument('--share', type=float, default=.5, help='of the rows of the hybrid that are causal')
     parser.add_argument('--out', default=str(CACHE / 'quality.jsonl'))
     parser.add_argument(SMALL, action='store_true', help='few texts and pairs, to see that everything runs')
@@ -250,8 +268,8 @@ def main():
     Path(given.out).parent.mkdir(parents=True, exist_ok=True)
     results = Results(given.out)
     floors(given.tokens)
-    print('Muon against AdamW')
-    rates = optimisers(results, given.tokens, given.batch)
+    print('Muon against AdamW', flush=True)
+    rates = {mode: optimisers(results, mode, given.tokens, given.batch, given.share) for mode in ([given.only] if given.only else RATES)}
     if not given.only:
         print('hybrid against its parents')
         modes(results, given.tokens, given.batch, given.share, rates)
