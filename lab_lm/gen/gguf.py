@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLOATS', 'packed', 'encoded', 'write_gguf']
 
-# %% ../../nbs/gen/02_gguf.ipynb #99c2ba05
+# %% ../../nbs/gen/02_gguf.ipynb #f3ee7212
 import os
 import shutil
 import struct
@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..core.progress import track
@@ -63,7 +64,7 @@ def _fields(folder, config, kind, quant, importance):
     write_tokenizer(w, folder, config)
     return w.kv_data[0]
 
-# %% ../../nbs/gen/02_gguf.ipynb #b7624753
+# %% ../../nbs/gen/02_gguf.ipynb #d132e7ec
 FLOATS = dict(F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 
 def encoded(
@@ -76,12 +77,16 @@ def encoded(
     room, wanted = room or Room(), FLOATS.get(kind, torch.float32)
     for step in (torch.float32, wanted): # By way of fp32, which torch does several times faster than bf16 to fp16
         if block.dtype not in (step, wanted): block = room(str(step), block.shape, step).copy_(block)
-    block = _finite(block.contiguous(), kind)
+    block = _finite(block.contiguous(), kind, room)
     return block.view(torch.uint8).numpy() if kind in FLOATS else quantise(block.numpy(), kind, importance)
 
-def _finite(values, kind):
-    "The same values; ValueError where one is no number"
-    if not all(map(torch.isfinite, torch.aminmax(values))):
+def _finite(values, kind, room):
+    "The same values; ValueError where one is no number: in 16 bits all of its exponent is set, which is found fastest in the bits"
+    if values.element_size() == 4: sure = all(map(torch.isfinite, torch.aminmax(values)))
+    else:
+        bits, held = (each.view(torch.uint8).numpy().view(np.uint16) for each in (values, room('bits', values.shape, values.dtype)))
+        sure = np.bitwise_and(bits, 0x7fff, out=held).max() < (0x7c00 if kind == 'F16' else 0x7f80)
+    if not sure:
         raise ValueError('holds a weight that is no finite number' + ', or none that F16 can hold; write bf16 or f32' * (kind == 'F16'))
     return values
 

@@ -104,7 +104,7 @@ def continuation(
     margin = float(rows[equal].max() - rows[equal, there[equal]]) if equal < len(there) else None
     return dict(here=here[:ends], there=there, equal=min(equal, ends), margin=margin, stopped=margin is not None or ends == len(there))
 
-# %% ../../nbs/gen/04_measure.ipynb #d5120842
+# %% ../../nbs/gen/04_measure.ipynb #cdd4100b
 @torch.no_grad()
 def distances(
     llama,        # An open `Llama`
@@ -113,7 +113,7 @@ def distances(
     first:int=0,  # Leave out what follows the tokens before this place
     rounded=None, # The same model with the weights of the file, where these differ from the model's
     kinds=None,   # Weight -> its type in the file, see `lab_lm.gen.arithmetic`
-)->dict:          # positions, same (most probable token), difference, unexplained, tail (nats), kl (sum of nats), nats_here and nats_there (sums over the tokens that came)
+)->dict:          # positions, same (most probable token), difference, unexplained, edges, tail (nats), kl (sum of nats), nats_here and nats_there (sums over the tokens that came)
     "How far two programs are apart along a row of tokens"
     read = lambda model: model(torch.tensor([ids])).logits[0, first:].float().log_softmax(-1)
     theirs, plain, source = torch.from_numpy(llama_logprobs(llama, ids, first)), read(model), rounded or model
@@ -125,7 +125,7 @@ def distances(
     spent = lambda rows: -float(rows[:-1].gather(1, came).double().sum()) if len(came) else 0.
     left = lambda *where: gap if math.isinf(gap := far(same - theirs, *where)) else max(gap - 2 * far(edges, *where), 0.)
     return dict(positions=len(plain), same=int((plain.argmax(-1) == theirs.argmax(-1)).sum()), difference=far(plain - theirs, likely),
-                unexplained=left(likely), tail=left(), kl=float((plain.exp() * (plain - theirs)).double().sum()),
+                unexplained=left(likely), edges=far(edges, likely), tail=left(), kl=float((plain.exp() * (plain - theirs)).double().sum()),
                 nats_here=spent(plain), nats_there=spent(theirs))
 
 # %% ../../nbs/gen/04_measure.ipynb #22b562f7

@@ -31,7 +31,7 @@ def _table(rows):
     head = ''.join(f'<th>{escape(str(key))}</th>' for key in rows[0])
     return f"<div class=wide><table><tr>{head}</tr>{''.join('<tr>' + ''.join(map(_cell, row.values())) + '</tr>' for row in rows)}</table></div>"
 
-# %% ../../nbs/gen/04_page.ipynb #9b1e02a0
+# %% ../../nbs/gen/04_page.ipynb #7cdfdf0f
 def proof_page(
     record:dict, # From `prove`
 )->str:          # A whole HTML page
@@ -39,7 +39,7 @@ def proof_page(
     ok, name, model = record['passed'], escape(record['file']), escape(record['model'])
     verdict = f'{name} does in llama.cpp what {model} does in transformers.' if ok else f"{name} is refused: {escape(record['refused_for'])}."
     why = ''.join(f"<dt>{escape(c['cause'])}</dt><dd>Seen by: {escape(c['seen'])}.<br>To do: {escape(c['do'])}.</dd>" for c in record['causes'])
-    prompts = [dict(prompt=''.join(graphemes(p['prompt'])[:60]), tokens=len(p['there']), equal=p['equal'], positions=p['positions'], unexplained=p['unexplained'], kl=p['kl']) for p in record['prompts']]
+    prompts = [dict(prompt=''.join(graphemes(p['prompt'])[:60]), tokens=len(p['there']), equal=p['equal'], positions=p['positions'], unexplained=p['unexplained'], edges=p['edges'], kl=p['kl']) for p in record['prompts']]
     parts = [('Likely cause' + 's' * (len(record['causes']) > 1), why and f'<dl>{why}</dl>'), ('What was compared', _table(record['checks'])),
              ('Remarks', ''.join(f'<p>{escape(r)}</p>' for r in record['remarks'])), ('Text of the user', _table([record['costs']] if record['costs'] else [])),
              ('Prompts', _table(prompts)), ('Made with', _table([record['versions']]))]

@@ -150,13 +150,13 @@ def _remarks(e, tokenizer, llama_route):
         ('This build of xllamacpp does not let its library be called; probabilities were asked from its server.', llama_route == 'server'),
         ('Settings that differ without any effect on the prompts: ' + ', '.join(s['key'] for s in e['settings']), e['settings'] and not e['numbers'])] if so]
 
-# %% ../../nbs/gen/05_prove.ipynb #3276cbb5
+# %% ../../nbs/gen/05_prove.ipynb #1d3cb678
 def _summary(rows, limit):
     "The prompts in one row"
     if not rows: return {}
     add, worst = lambda name: sum(r[name] for r in rows), lambda name: max(r[name] for r in rows)
     return dict(tokens=sum(len(r['there']) for r in rows), equal=add('equal'), positions=add('positions'), same=add('same'), difference=worst('difference'),
-                unexplained=worst('unexplained'), tail=worst('tail'), limit=limit, kl=add('kl') / add('positions'))
+                unexplained=worst('unexplained'), edges=worst('edges'), tail=worst('tail'), limit=limit, kl=add('kl') / add('positions'))
 
 def _finite(value):
     "Numbers JSON can hold: what is not finite becomes None"
