@@ -3,7 +3,7 @@
 
     python bench/export.py --small                     # 40M parameters, some seconds
     python bench/export.py                             # Gemma 3 1B by its shape, random weights in bf16, 262,144 pieces; 8 GB of disk in --folder
-    python bench/export.py --quants f16,q8_0,q4_k_m --converter path/to/convert_hf_to_gguf.py
+    python bench/export.py --quants f16,q8_0,q4_k_m --converter path/to/convert_hf_to_gguf.py --pieces path/to/gemma.spm
 
 The folder is made tensor by tensor and kept between runs. Every file is written by a process of its own, whose peak memory is the one the system
 reports, Python, torch and transformers included; times are taken inside it, from the call to the last byte on the disk (fsync), and so are the copy's. The tokenizer is a fixed cost of its own (a Gemma's 262,144
@@ -98,8 +98,15 @@ def measured(what, source, target, times=2):
     return min(found, key=lambda f: f['seconds'])
 
 
-def converter(script, folder, target):
-    "llama.cpp's own converter, F16"
+def converter(script, pieces, folder, target):
+    "llama.cpp's own converter, F16, on the same weights; it reads a Gemma's tokenizer as a SentencePiece model only, and fills it up to the vocabulary"
+    with tempfile.TemporaryDirectory() as there:
+        for file in folder.iterdir(): (Path(there) / file.name).symlink_to(file.resolve())
+        shutil.copyfile(pieces, Path(there) / 'tokenizer.model')
+        return converted(script, there, target)
+
+
+def converted(script, folder, target):
     start = time.perf_counter()
     subprocess.run([sys.executable, str(script), str(folder), '--outfile', str(target), '--outtype', 'f16'], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return dict(seconds=time.perf_counter() - start, peak=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
@@ -112,6 +119,7 @@ def main():
     parser.add_argument('--quants', default='bf16,f16,q8_0')
     parser.add_argument('--times', type=int, default=2)
     parser.add_argument('--converter', type=Path)
+    parser.add_argument('--pieces', type=Path, help='a SentencePiece model with the specials of Gemma 3, for the converter')
     parser.add_argument('--child', nargs=3)
     args = parser.parse_args()
     if args.child: return child(args.child[0], Path(args.child[1]), Path(args.child[2]))
@@ -131,7 +139,7 @@ def main():
               f"{rest / copy['seconds']:12.2f} {ours['seconds'] / copy['seconds']:8.2f} {ours['cpu']:6.1f} {copy['cpu']:8.1f} {ours['peak'] / 1e6:8.0f} {(1.5 * largest + 300e6) / 1e6:6.0f}")
         (folder / 'copy.gguf').unlink(), target.unlink()
     if args.converter:
-        found = converter(args.converter, folder, folder / 'theirs.gguf')
+        found = converter(args.converter, args.pieces, folder, folder / 'theirs.gguf')
         print(f"{'converter':10} {(folder / 'theirs.gguf').stat().st_size / 1e6:8.1f} {found['seconds']:8.2f} {'':8} {'':6} {found['peak'] / 1e6:8.0f}")
         (folder / 'theirs.gguf').unlink()
 

@@ -7,7 +7,8 @@
 Peers: (1) the Trainer as transformers' example script `run_mlm.py` runs it, in both of its data modes: texts joined end to end and cut to blocks (its
 default), and one text a row, cut at the length and padded (`--line_by_line`); batch 8, rate 5e-5 falling linearly, dropout 0.1, 15 % masked, fp32.
 (2) the Trainer well set: a rate and a batch found by short runs, warm-up, no dropout, rows grouped by length or blocks, the fast type of the machine,
-the allocator told not to give memory back; and for comparison the same with our head start. All: RoBERTa of 6 layers of 384 or ours of the same size, akshara BPE of 16,000, rows of 128 tokens.
+the allocator told not to give memory back; and for comparison the same with our head start. Our side starts from counted token frequencies
+(`nets.start`), and in runs as short as these that is most of the distance: read the two peers with and without it together. All: RoBERTa of 6 layers of 384 or ours of the same size, akshara BPE of 16,000, rows of 128 tokens.
 
 Real tokens are those that are not padding. The validation loss is in nats per hidden token, on masks that are the same for every model (15 %), measured
 while the clock stands still. The clock counts training steps with their data; starting Python, tokenising and building a model are outside for all.

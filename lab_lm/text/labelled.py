@@ -6,7 +6,7 @@
 __all__ = ['kind_of_labels', 'classes_of', 'few_shot', 'shuffled_labels', 'first_tokens', 'encode_labelled', 'padded',
            'LabelledRows']
 
-# %% ../../nbs/text/14_labelled.ipynb #ef001bcd
+# %% ../../nbs/text/14_labelled.ipynb #059d5006
 import hashlib
 import json
 from random import Random
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..core.progress import say
-from .rows import mixed, permuted
+from .rows import Passes
 
 # %% ../../nbs/text/14_labelled.ipynb #921c35da
 def kind_of_labels(
@@ -122,8 +122,8 @@ def padded(
     for i, row in enumerate(rows): ids[i, :len(row)], mask[i, :len(row)] = torch.as_tensor(row), 1
     return dict(input_ids=ids, attention_mask=mask)
 
-# %% ../../nbs/text/14_labelled.ipynb #6e112de6
-class LabelledRows:
+# %% ../../nbs/text/14_labelled.ipynb #ccfb6b2a
+class LabelledRows(Passes):
     "Encoded texts with a class each, or words with a tag each; any batch is a function of its number and the seed"
     def __init__(self,
         rows:list,     # From `encode_labelled`; their order is that of a curriculum, if there is one
@@ -141,20 +141,7 @@ class LabelledRows:
         if len(found) < 2:
             raise ValueError(f"only {', '.join(self.classes[i] for i in found) or 'nothing'} is to be learned from {len(rows)} rows; give rows of at least two classes")
 
-    def texts(self, share:float)->int: # How many rows, in the order given, a share admits; at least 1
-        "The size of a prefix"
-        if not 0 <= share <= 1: raise ValueError(f"a share lies between 0 and 1, given {share}")
-        return max(1, int(share * len(self.ids) + 1e-9))
-
-    def batches(self, size:int, share:float=1.)->int: # Rounded up
-        "Batches in one pass"
-        return -(-self.texts(share) // size)
-
-    def chosen(self, k:int, size:int, seed:int=0, share:float=1.)->list[int]: # Numbers of rows; every one once in a pass
-        "Which rows batch k holds"
-        if k < 0 or size < 1: raise ValueError(f"batches count from 0 and have at least 1 row, given batch {k} of {size}")
-        turns, i = np.divmod(k * size + np.arange(size), n := self.texts(share))
-        return permuted(i, n, np.array([mixed(seed, int(turn)) for turn in turns], np.uint64)).tolist()
+    def __len__(self): return len(self.ids)
 
     def batch(self, k:int, size:int, seed:int=0, share:float=1.)->dict: # int64: input_ids and attention_mask [size, length]; labels [size], or [size, length] for tags
         "The rows of batch k"

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['TextTable', 'PairRows']
 
-# %% ../../nbs/text/16_pair_rows.ipynb #50fb6c3b
+# %% ../../nbs/text/16_pair_rows.ipynb #770def8b
 import hashlib
 
 import numpy as np
 
 from ..core.progress import say, track
 from .labelled import padded
-from .rows import mixed, permuted
+from .rows import Passes
 
 # %% ../../nbs/text/16_pair_rows.ipynb #df32aab5
 class TextTable:
@@ -40,8 +40,8 @@ class TextTable:
     @property
     def lengths(self): return np.diff(self.bounds)
 
-# %% ../../nbs/text/16_pair_rows.ipynb #29501a29
-class PairRows:
+# %% ../../nbs/text/16_pair_rows.ipynb #f2969975
+class PairRows(Passes):
     "Encoded triplets; any batch is a function of its number and the seed"
     def __init__(self,
         triplets,                     # `text.pairs.Triplet`s; their order is that of a curriculum, if there is one
@@ -67,21 +67,6 @@ class PairRows:
     def cut(self)->dict: # Kind of text to how many, where there are any
         "How many texts are as long as is allowed, and may have been longer"
         return {name: table.cut for name, table in self.tables.items() if table.cut}
-
-    def texts(self, share:float)->int: # How many triplets, in the order given, a share admits; at least 1
-        "The size of a prefix"
-        if not 0 <= share <= 1: raise ValueError(f"a share lies between 0 and 1, given {share}")
-        return max(1, int(share * len(self) + 1e-9))
-
-    def batches(self, size:int, share:float=1.)->int: # Rounded up
-        "Batches in one pass"
-        return -(-self.texts(share) // size)
-
-    def chosen(self, k:int, size:int, seed:int=0, share:float=1.)->list[int]: # Numbers of triplets; every one once in a pass
-        "Which triplets batch k holds"
-        if k < 0 or size < 1: raise ValueError(f"batches count from 0 and have at least 1 row, given batch {k} of {size}")
-        turns, i = np.divmod(k * size + np.arange(size), n := self.texts(share))
-        return permuted(i, n, np.array([mixed(seed, int(turn)) for turn in turns], np.uint64)).tolist()
 
     def batch(self, k:int, size:int, seed:int=0, share:float=1.)->dict: # `query_ids`, `query_mask` and so on: int64 [size, longest of its kind]
         "The triplets of batch k"
