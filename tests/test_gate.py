@@ -214,7 +214,7 @@ def test_no_false_alarm_where_something_was_learned(tmp_path, model, tokenizer, 
         record = judge(write_gguf(folder, tmp_path / f'{quant}.gguf', quant), folder)
         assert record['passed'], (SEED, quant, record['refused_for'])
         apart[quant] = record['difference']
-    assert apart['q4_k_m'] > .1 > .002 > record['unexplained'] # Far from transformers in fp32, and all of it explained
+    assert apart['q4_k_m'] > .1 > LIMITS[record['type']] >= record['unexplained'] # Far from transformers in fp32, and nearly all of it explained
 
 
 def test_both_routes_give_the_same_numbers(home, monkeypatch):
