@@ -88,18 +88,19 @@ def measure(model, mode, tokenizer, held, pairs):
     from lab_lm.evals.causal import causal_nats, causal_rows, text_sums
     from lab_lm.evals.lm import masked_nats, masked_rows
     from lab_lm.evals.pairs import pair_nats
+    from lab_lm.evals.scorers import scorer
     out, ways = {}, readers(model, mode)
     if 'causal' in ways:
         rows = causal_rows(tokenizer, held)
         sums = np.array([text_sums(*each) for each in zip(rows, *causal_nats(ways['causal'], tokenizer, rows, LENGTH))])
         out['causal'] = dict(nats=sums[:, 0].tolist(), bytes=sums[:, 3].tolist())
-        out['pairs_causal'] = pair_nats(ways['causal'], tokenizer, pairs).tolist()
+        out['pairs_causal'] = pair_nats(scorer(ways['causal'], tokenizer), pairs).tolist()
     if 'masked' in ways:
         rows = masked_rows(tokenizer, held, max_length=LENGTH)
         nats, size = np.zeros(len(held)), np.zeros(len(held))
         for row, cost in zip(rows, masked_nats(ways['masked'], tokenizer, rows)): nats[row.text] += cost.sum(); size[row.text] += row.bytes.sum()
         out['masked'] = dict(nats=nats.tolist(), bytes=size.tolist())
-        out['pairs_masked'] = pair_nats(ways['masked'], tokenizer, pairs, 'masked').tolist()
+        out['pairs_masked'] = pair_nats(scorer(ways['masked'], tokenizer, 'masked'), pairs).tolist()
     return out
 
 

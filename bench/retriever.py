@@ -40,9 +40,10 @@ import torch
 
 from lab_lm.core.paths import shared_data
 from lab_lm.core.seed import seeded
+from lab_lm.evals.compare import paired_permutation
 from lab_lm.evals.isotropy import gaussian_test, isotropy
 from lab_lm.evals.retrieval import evaluate
-from lab_lm.evals.stats import bootstrap, paired_bootstrap, paired_permutation
+from lab_lm.evals.stats import bootstrap, paired_bootstrap
 from lab_lm.nets.encode import encode
 from lab_lm.nets.search import search
 from lab_lm.nets.sentence import SentenceEncoder, projection_of

@@ -1,5 +1,4 @@
-"Causal scores and minimal pairs against transformers, brute force, hand counts and planted faults"
-import gzip
+"Causal scores against transformers, hand counts and planted faults"
 import itertools
 import math
 import random
@@ -8,17 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM
 
-from lab_lm.core.paths import shared_data
 from lab_lm.evals.causal import MEASURES, CausalRow, begin_token, causal_eval, causal_nats, causal_rows, causal_scores, in_mode, text_sums, windows
 from lab_lm.evals.lm import masked_nats, masked_rows
-from lab_lm.evals.pairs import compare_pairs, later_in_word, mcnemar, pair_credit, pair_eval, pair_floors, pair_nats, pair_scores, pseudo_nats
 from lab_lm.nets.transformer import NATIVE, NetConfig, Transformer
-from lab_lm.text.pocket import Pair
-from lab_lm.text.script import word_spans
-from lab_lm.text.tiny import pocket_corpus, pocket_pairs
+from lab_lm.text.tiny import pocket_corpus
 from lab_lm.text.tokenize import train_tokenizer
 
 TEXTS = [r.text for r in pocket_corpus('hi', 200, seed=random.randrange(10**6))]
@@ -160,114 +154,6 @@ def test_a_hybrid_model_reads_both_ways():
     with pytest.raises(ValueError, match='hybrid'): causal_nats(net, TOKENIZER, rows)
     net.train(), causal_nats(in_mode(net, causal=True), TOKENIZER, rows)
     assert net.training
-
-
-# ---- pairs
-
-def test_causal_pairs_are_sums_not_means():
-    "A wrong sentence that shatters into many easy pieces stays wrong"
-    class Easy(torch.nn.Module):
-        "From the fifth token on everything is easy"
-        def forward(self, input_ids, attention_mask=None):
-            wanted = torch.nn.functional.one_hot(input_ids.roll(-1, 1), len(TOKENIZER)) * 6.
-            wanted[:, :4] = 0
-            return SimpleNamespace(logits=wanted)
-    pair = Pair('कककक', 'कककककककक', 'x')
-    n = [len(TOKENIZER(t, add_special_tokens=False).input_ids) for t in (pair.good, pair.bad)]
-    nats = pair_nats(Easy(), TOKENIZER, [pair])[0]
-    assert n == [4, 8] and nats[0] / n[0] > nats[1] / n[1] and pair_credit(nats).tolist() == [1.]
-    easy = math.log(1 + (len(TOKENIZER) - 1) * math.exp(-6))
-    assert nats.tolist() == pytest.approx([4 * math.log(len(TOKENIZER)), 4 * math.log(len(TOKENIZER)) + 4 * easy], abs=1e-4)
-    model, pairs = llama(), pocket_pairs('hi', 10)
-    for p, (a, b) in zip(pairs, pair_nats(model, TOKENIZER, pairs)):
-        for text, cost in ((p.good, a), (p.bad, b)):
-            ids = torch.tensor([TOKENIZER(text).input_ids[:-1]])
-            with torch.inference_mode(): assert cost == pytest.approx(model(ids, labels=ids).loss.item() * (ids.shape[1] - 1), rel=1e-4)
-
-
-@pytest.mark.parametrize('whole', [False, True])
-def test_pseudo_likelihood_by_brute_force(whole):
-    model, text = roberta(), 'लड़कियाँ किताब-घर में 3.5 zqx पढ़ेंगी।'
-    enc = TOKENIZER(text, return_offsets_mapping=True)
-    inner, spans = range(1, len(enc.input_ids) - 1), word_spans(text)
-    expected = []
-    for i in inner:
-        hidden, a = torch.tensor([enc.input_ids]), enc.offset_mapping[i]
-        word = next((w for w in spans if w[0] < a[1] and a[0] < w[1]), None)
-        for j in inner:
-            b = enc.offset_mapping[j]
-            if j == i or whole and word and j > i and word[0] < b[1] and b[0] < word[1]: hidden[0, j] = TOKENIZER.mask_token_id
-        with torch.inference_mode(): expected.append(-model(hidden).logits[0, i].double().log_softmax(-1)[enc.input_ids[i]].item())
-    got = pseudo_nats(model, TOKENIZER, [TEXTS[0], text], whole)[1]
-    assert np.allclose(got, expected, atol=1e-4)
-    assert whole is False or any(later_in_word(text, enc.offset_mapping[1:-1]))
-
-
-@pytest.mark.parametrize('kind', ['causal', 'masked', 'masked_word'])
-def test_pairs_do_not_depend_on_the_batch_and_a_constant_model_gets_exactly_one_half(kind):
-    pairs = pocket_pairs('hi', 11, seed=random.randrange(10**6))
-    model = llama() if kind == 'causal' else roberta()
-    few = pairs[:8]
-    assert np.allclose(pair_nats(model, TOKENIZER, few, kind, 1), pair_nats(model, TOKENIZER, few, kind, 32), rtol=1e-6)
-    floors = pair_floors(TOKENIZER, pairs, IDS)
-    equal = [p for p, (a, b) in zip(pairs, floors['length']) if a == b]
-    score = pair_eval(Even(), TOKENIZER, equal, IDS, kind)['accuracy']
-    assert score.value == .5 and f'{len(equal)} ties' in score.protocol
-    assert pair_eval(Even(), TOKENIZER, pairs, IDS, kind)['accuracy'].value == pair_credit(floors['length']).mean()
-    same = [Pair(p.good, p.good, 'x') for p in few]
-    assert pair_eval(model, TOKENIZER, same, IDS, kind)['accuracy'].value == .5
-    turned = [Pair(p.bad, p.good, p.phenomenon) for p in few]
-    assert pair_credit(pair_nats(model, TOKENIZER, turned, kind)).tolist() == (1 - pair_credit(pair_nats(model, TOKENIZER, few, kind))).tolist()
-
-
-def test_a_bag_of_words_ties_on_order():
-    "Costs that come in another order add up to the same double"
-    class Bag(torch.nn.Module):
-        weights = torch.randn(len(TOKENIZER))
-        def forward(self, input_ids, attention_mask=None): return SimpleNamespace(logits=self.weights.expand(*input_ids.shape, -1))
-    words = ['राम', 'घर', 'में', 'किताब', 'पढ़ता', 'है']
-    pairs = [Pair(' '.join(['क', *random.sample(words, 5)]), ' '.join(['क', *words[1:], words[0]]), 'order') for _ in range(10)]
-    pairs = [p for p in pairs if sorted(TOKENIZER(p.good).input_ids) == sorted(TOKENIZER(p.bad).input_ids)] or [Pair('क राम घर', 'क घर राम', 'order')]
-    assert set(pair_credit(pair_nats(Bag(), TOKENIZER, pairs))) == {.5}
-    assert set(pair_credit(pair_floors(TOKENIZER, pairs, IDS)['unigram'])) == {.5}
-
-
-def test_phenomena_ties_and_nan():
-    nats = np.array([[1., 2.], [1., 1.], [3., 2.], [np.inf, np.inf]])
-    assert pair_credit(nats[:3]).tolist() == [1., .5, 0.]
-    pairs = [Pair('a', 'b', k) for k in 'xxy']
-    scores = pair_scores(nats[:3], pairs, {'length': [[1, 2]] * 3})
-    assert {k: s.value for k, s in scores.items()} == {'accuracy': .5, 'accuracy/x': .75, 'accuracy/y': 0.}
-    assert scores['accuracy/x'].baselines == {'length': 1.} and '1 ties' in scores['accuracy'].protocol and scores['accuracy'].n == 3
-    with pytest.raises(ValueError, match='1 of 2 pairs cost NaN'): pair_credit([[1, 2], [np.nan, 1]])
-    with pytest.raises(ValueError, match='2 pairs need as many'): pair_scores(nats[:3], pairs[:2])
-    no_mask = train_tokenizer(TEXTS, 'bpe', 600)
-    no_mask.mask_token = None
-    with pytest.raises(ValueError, match='no mask token'): pair_nats(Even(len(no_mask)), no_mask, pairs, 'masked')
-
-
-def test_mcnemar_and_comparison():
-    for a, b in [(0, 0), (1, 0), (5, 5), *((random.randrange(60), random.randrange(60)) for _ in range(20)), (900, 1100)]:
-        assert mcnemar(a, b) == pytest.approx(binomtest(a, a + b, .5).pvalue if a + b else 1., rel=1e-9)
-    a, b = np.array([[0., 1.]] * 9 + [[1., 0.]]), np.array([[1., 0.]] * 8 + [[0., 0.], [1., 0.]])
-    found = compare_pairs(a, b)
-    assert (found.only_a, found.only_b, found.difference.value) == (9, 0, pytest.approx(.85)) and found.p == mcnemar(9, 0)
-    back = compare_pairs(b, a)
-    assert (back.only_b, back.p, back.difference.value) == (9, found.p, pytest.approx(-.85))
-
-
-def test_multiblimp_file_through_the_floors():
-    "English agreement: a trigram that has counted the good sentences knows them, length alone does not"
-    file = shared_data('pairs/multiblimp_eng.tsv.gz')
-    if file is None: pytest.skip('multiblimp_eng.tsv.gz is not beside the project')
-    with gzip.open(file, 'rt', encoding='utf-8') as f: head, *lines = (line.rstrip('\n').split('\t') for line in f)
-    columns = [head.index(name) for name in ('sen', 'wrong_sen', 'phenomenon')]
-    pairs = [Pair(*(row[c] for c in columns)) for row in lines]
-    tokenizer = train_tokenizer([p.good for p in pairs], 'bpe', 1500)
-    floors = pair_floors(tokenizer, pairs, tokenizer([p.good for p in pairs], add_special_tokens=False).input_ids)
-    scores = pair_scores(floors['trigram'], pairs, floors)
-    assert scores['accuracy'].n == len(pairs) == 770 and scores['accuracy'].value > .9  # It has seen the answers
-    assert .3 < scores['accuracy'].baselines['length'] < .8
 
 
 def test_bits_do_not_depend_on_the_tokenizer():

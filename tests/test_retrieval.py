@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lab_lm.core.paths import shared_data
+from lab_lm.evals.compare import holm, paired_permutation
 from lab_lm.evals.retrieval import METRICS, card, evaluate, per_query, protocol, ranking, read_run, retrieval_score, write_run
-from lab_lm.evals.stats import bootstrap, holm, paired_bootstrap, paired_permutation
+from lab_lm.evals.stats import bootstrap, paired_bootstrap
 from lab_lm.evals.systems import compare, corrected, differing, hardest, over_sets, per_answer, query_records, with_published
 from lab_lm.text.beir import Beir, ict, read_beir, read_tasks, write_beir
 from lab_lm.text.corpus import Record

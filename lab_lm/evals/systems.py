@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['compare', 'corrected', 'with_published', 'over_sets', 'hardest', 'query_records', 'per_answer', 'differing']
 
-# %% ../../nbs/evals/03_systems.ipynb #dc2aa3fa
+# %% ../../nbs/evals/03_systems.ipynb #ea53da3c
 from collections.abc import Iterable, Mapping
 import numpy as np
+from .compare import holm, paired_permutation
 from .retrieval import evaluate, per_query, protocol
-from .stats import bootstrap, holm, paired_bootstrap, paired_permutation
+from .stats import bootstrap, paired_bootstrap
 from ..text.beir import Beir
 from ..text.ranking import ranking
 from ..text.script import graphemes

@@ -123,7 +123,7 @@ def auxiliary(
     if tense == 'Pres': return ('हूँ', 'हो', 'है', 'हैं')[slot]
     return 'थीं' if gender == 'Fem' and slot in (1, 3) else agreeing('था', gender, 'Plur' if slot in (1, 3) else 'Sing')
 
-# %% ../../nbs/text/07_inflect_hi.ipynb #f350a5b8
+# %% ../../nbs/text/07_inflect_hi.ipynb #e68ab3cb
 def inflect(
     lemma:str,             # Dictionary form
     upos:str,              # Universal part of speech
@@ -137,9 +137,9 @@ def inflect(
     if upos in ('ADJ', 'DET', 'PRON'): return lemma if fixed else agreeing(lemma, gender, number, case)
     if lemma == 'का': return agreeing(lemma, gender, number, 'Acc' if 'Acc' in case else 'Nom') # 'Gen' or 'Acc,Gen'
     if upos == 'AUX' and lemma == 'होना': return auxiliary(f('Tense'), gender, number, f('Person'), f('Polite'))
-    if upos not in ('VERB', 'AUX'): return lemma
+    if upos not in ('VERB', 'AUX') or lemma == 'चाहिए': return lemma
     if f('Mood') == 'Imp': return imperative(lemma, f('Polite'))
     if f('Tense') == 'Fut': return future(lemma, gender, number, f('Person'), f('Polite'))
     aspect = {'Prog': 'Perf'}.get(f('Aspect'), f('Aspect')) # रहा is a perfective by its form
     if aspect: return participle(lemma, aspect, gender, number, f('VerbForm') == 'Fin')
-    return lemma if f('VerbForm') == 'Inf' else lemma[:-2]
+    return agreeing(lemma, gender, number, case) if f('VerbForm') == 'Inf' else lemma[:-2]

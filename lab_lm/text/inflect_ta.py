@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIGNS', 'CASES', 'RATIONAL', 'CLASSES', 'join', 'oblique', 'plural', 'decline', 'ending', 'tense_stem', 'verbal',
-           'conjugate', 'doubles', 'spell']
+           'imperative', 'conjugate', 'doubles', 'spell']
 
 # %% ../../nbs/text/07_inflect_ta.ipynb #4ae85e8b
 import re
@@ -101,19 +101,31 @@ def tense_stem(
     if tense == 'Past' and entry['class'] == 4: return f'{root[:-1]}்{root[-2]}்'
     return join(root, CLASSES[entry['class']][places.index(tense)], verb=True)
 
-# %% ../../nbs/text/07_inflect_ta.ipynb #02ce5ed4
+# %% ../../nbs/text/07_inflect_ta.ipynb #171cbc0e
 def verbal(
     entry:dict, # Line of the lexicon: as for `tense_stem`, and conv where it is irregular (சொல்லி)
-    form:str,   # 'Inf', 'Conv' (having done), 'Part' (that did) or 'Agent' (the one who did, with respect)
+    form:str,   # 'Inf', 'Conv' (having done), 'Cond' (if one does), 'Part' (that did) or 'Agent' (the one who did, with respect)
 )->str:
     "A form without person"
     if form == 'Inf': return tense_stem(entry, 'Inf')
-    if form not in ('Conv', 'Part', 'Agent'): raise ValueError(f'unknown form {form!r}; known: Inf, Conv, Part, Agent')
+    if form not in ('Conv', 'Cond', 'Part', 'Agent'): raise ValueError(f'unknown form {form!r}; known: Inf, Conv, Cond, Part, Agent')
+    if form == 'Cond': return join(tense_stem(entry, 'Past'), 'ஆல்', verb=True)
     regular = entry['class'] != 3
     if form == 'Conv' and 'conv' in entry: return entry['conv']
     if form == 'Conv': return join(tense_stem(entry, 'Past'), 'உ') if regular else join(entry['lemma'], 'இ', verb=True)
     part = tense_stem(entry, 'Past')[:-1] if regular else verbal(entry, 'Conv') + 'ய'
     return part + ('வர்' if form == 'Agent' else '')
+
+# %% ../../nbs/text/07_inflect_ta.ipynb #4ada6ff0
+def imperative(
+    entry:dict,          # Line of the lexicon; `imp` holds both forms where they are irregular, false where none is sure
+    polite:bool = False, # To several people, or with respect
+    neg:bool = False,    # *Do not*
+)->str:                  # Empty where the lexicon has no sure form
+    "What is said to make somebody do it"
+    if neg: return tense_stem(entry, 'Inf') + ('ாதீர்கள்' if polite else 'ாதே')
+    if 'imp' in entry: return entry['imp'][polite] if entry['imp'] else ''
+    return join(entry['lemma'], 'உங்கள்', verb=True) if polite else entry['lemma']
 
 # %% ../../nbs/text/07_inflect_ta.ipynb #ae67346d
 def conjugate(

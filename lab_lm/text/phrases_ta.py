@@ -98,14 +98,20 @@ def _counted(rng:Random, number:str, noun:Node)->Node:
     many = rng.choice([*words_of('NUM'), *(d for d in words_of('DET') if d['type'] == 'Ind')])
     return Node(many['lemma'], many['lemma'], many['upos'], *(({'NumType': 'Card'}, 'nummod') if many['upos'] == 'NUM' else ({'PronType': 'Ind'}, 'det')), noun)
 
-# %% ../../nbs/text/08_phrases_ta.ipynb #1a32264d
+# %% ../../nbs/text/08_phrases_ta.ipynb #57d0f859
+@lru_cache(maxsize=None)
+def _qualities(lemma:str)->tuple[str, ...]:
+    "The adjectives that may stand before a noun"
+    kinds = kinds_of(word(lemma, 'NOUN'))
+    return tuple(a['lemma'] for a in words_of('ADJ', 'of') if 'tense' not in a and not kinds.isdisjoint(a['of']))
+
+# %% ../../nbs/text/08_phrases_ta.ipynb #db4a129b
 def _modifier(rng:Random, e:dict, number:str, noun:Node, subject:dict|None, whose:str, plain:bool)->list[Node]:
     "At most one word before a noun"
     if e['upos'] != 'NOUN': return []
     if e.get('kin') and ('parent' not in e.get('kinds', ()) or rng.random() < .5): return [_possessor(rng, noun, subject, whose)]
-    fits = [a['lemma'] for a in words_of('ADJ', 'of') if not kinds_of(e).isdisjoint(a['of']) and 'tense' not in a]
     kind = rng.choices(['none', 'adj', 'det', 'count', 'own'], [12 if plain else 6, 3, 1, 0 if plain else 1, 1])[0]
-    if kind == 'adj' and fits:
+    if kind == 'adj' and (fits := _qualities(e['lemma'])):
         lemma = rng.choice(fits)
         return [Node(lemma, lemma, 'ADJ', {}, 'amod', noun)]
     if kind in ('none', 'adj') or e.get('mass') or e.get('kin'): return []
@@ -186,7 +192,7 @@ def verb_node(
     seen = feats if not neg or tense == 'Fut' else {k: feats[k] for k in ('Mood', 'VerbForm', 'Polarity')}
     return Node(conjugate(verb, feats), verb['lemma'], 'VERB', seen)
 
-# %% ../../nbs/text/08_phrases_ta.ipynb #3df134ec
+# %% ../../nbs/text/08_phrases_ta.ipynb #315757d1
 def clause(
     rng:Random,                      # Source of chance
     verbs:list[dict]|None = None,    # Verbs to choose from; all when None
@@ -194,6 +200,7 @@ def clause(
     tense:str|None = None,           # By chance when None
     neg:bool = False,                # Negated
     when:str|None = None,            # The adverb that says when
+    short:bool = False,              # Only what the verb needs: no time, no manner
 )->tuple[list[Node], dict]:          # The words, and the line of the lexicon for the verb
     "A simple clause in its usual order; the verb is its last word and its root"
     verb = rng.choice(verbs or words_of('VERB', 'frames'))
@@ -201,10 +208,11 @@ def clause(
     e, number = subject or subject_of(rng, frame['subj'])
     tense = tense or rng.choice(verb.get('tenses') or ['Past', 'Pres'] + ['Past', 'Past', 'Fut', 'Fut'] * ('stative' not in verb))
     root = verb_node(verb, agreement(e, number), tense, neg)
-    clock, who = _time(rng, tense, root, verb, when), phrase(rng, e, 'Nom', 'nsubj', root, number)
-    roles, used = frame.get('needs', {}) | {k: v for k, v in frame.get('may', {}).items() if rng.random() < .35}, {n.lemma for n in who}
+    clock, who = [] if short else _time(rng, tense, root, verb, when), phrase(rng, e, 'Nom', 'nsubj', root, number)
+    may = {k: v for k, v in frame.get('may', {}).items() if not short and rng.random() < .35}
+    roles, used = frame.get('needs', {}) | may, {n.lemma for n in who}
     fill = lambda wanted: [n for r in ROLES if r in wanted for n in _role(rng, r, wanted[r], root, e, number, used)]
-    manner = [rng.choice(frame['manner'])] if 'manner' in frame and not neg and rng.random() < .4 else []
+    manner = [rng.choice(frame['manner'])] if 'manner' in frame and not neg and not short and rng.random() < .4 else []
     start = [*clock, *who] if rng.random() < .5 else [*who, *clock]
     nodes = [*fill(frame.get('first', {})), *start, *fill(roles), *(Node(m, m, 'ADV', {}, 'advmod', root) for m in manner), root]
     return [n for n in nodes if n.lemma != 'பழைய' or not verb.get('makes')], verb
