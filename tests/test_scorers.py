@@ -12,8 +12,7 @@ import transformers as hf
 from transformers.utils import logging
 
 from lab_lm.core.paths import shared_data
-from lab_lm.evals.causal import in_mode
-from lab_lm.evals.logits import by_length, head_spot, logits_at, token_nats
+from lab_lm.evals.logits import by_length, head_spot, in_mode, logits_at, token_nats
 from lab_lm.evals.ngrams import KneserNey, NgramFloor, discounts
 from lab_lm.evals.scores import floor_scorers, language_scores
 from lab_lm.evals.scorers import KINDS, logits_scorer, masked_windows, ngram_scorer, scorer, uniform_scorer

@@ -167,8 +167,9 @@ def _suspects(guard, texts):
         return len(np.unique(grams[part][known[part]])) >= guard.threshold * len(np.unique(grams[part]))
     return [i for i in np.flatnonzero(sure + maybe).tolist() if sure[i] or near(i)]
 
-# %% ../../nbs/text/15_leaks.ipynb #45099120
-TEXT_FIELDS = tuple('text sen wrong_sen good bad sentence_good sentence_bad sentence sentence1 sentence2 question query passage context premise hypothesis choices choice1 choice2'.split())
+# %% ../../nbs/text/15_leaks.ipynb #1babd923
+TEXT_FIELDS = (*'text sen wrong_sen good bad sentence_good sentence_bad sentence sentence1 sentence2 question query passage context premise hypothesis choices'.split(),
+               *'choice1 choice2 options sectionText titleA titleB titleC titleD tokens'.split(), 'INDIC REVIEW')
 _FORMS = ('.jsonl', '.tsv', '.txt', '.conllu')
 
 def _form(path): return next((form for form in _FORMS if path.name.removesuffix('.gz').endswith(form)), '')
@@ -180,6 +181,7 @@ def _texts(row, where):
     title = f"{row['title']}. " if isinstance(row.get('title'), str) and row['title'] else ''
     for field in present:
         values = row[field] if isinstance(row[field], list) else [row[field]]
+        if field == 'tokens' and all(isinstance(v, str) for v in values): values = [' '.join(values)] # Words of one sentence
         for k, value in enumerate(values):
             if isinstance(value, str): yield f"{field}{k or ''}" if len(present) > 1 or k else '', (title if field == 'text' else '') + value
 
