@@ -99,6 +99,16 @@ def test_constant_and_doubled_columns():
     assert grid.converged.all() and np.isfinite(grid.loss).all() and (grid.predict(x) >= 0).all()
 
 
+def test_a_task_with_one_label_disturbs_no_other():
+    "Nor does one without any"
+    x, y, _ = planted(300, 10, 1)
+    more = np.concatenate([y, np.full((1, 300), 4), np.full((1, 300), -1)])
+    grid, plain = (fit_linear_grid(x, t, tol=1e-12, most=2000) for t in (more, y))
+    assert grid.converged[:, :-1].all() and not grid.converged[:, -1].any()
+    np.testing.assert_allclose(grid.loss[:, :5], plain.loss, rtol=1e-9)
+    assert (grid.predict(x)[:, 5] == 4).all() and (grid.predict(x)[:, 6] == -1).all()
+
+
 def test_convergence_is_told():
     x, y, _ = planted(300, 20, 1)
     assert not fit_linear_grid(x, y, most=2, tol=1e-12).converged.any()

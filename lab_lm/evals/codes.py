@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PORTIONS', 'OnlineCode', 'online_code']
 
-# %% ../../nbs/evals/02_codes.ipynb #f8e638d5
+# %% ../../nbs/evals/02_codes.ipynb #44587fd3
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 import numpy as np
 from ..core.progress import track
-from .fits import Grid, fit_linear_grid
+from .fits import fit_linear_grid
 
 # %% ../../nbs/evals/02_codes.ipynb #3f9c4955
 PORTIONS = (.001, .002, .004, .008, .016, .032, .0625, .125, .25, .5, 1.) # Shares of the words after each block (Voita and Titov 2020)
@@ -40,13 +40,19 @@ class OnlineCode(NamedTuple):
         "Uniform over code length [layers, tasks]; 1 for nothing learned; NaN for a task with fewer than two labels"
         return np.divide(self.uniform, self.bits, out=np.full(self.bits.shape, np.nan), where=(self.bits > 0) & (self.uniform > 0))
 
-# %% ../../nbs/evals/02_codes.ipynb #55e6e2d3
+# %% ../../nbs/evals/02_codes.ipynb #5524294f
 def _ranks(y, order)->tuple:
     "Labels in order, and the number of each labelled word of its task, from 0; far beyond the end where there is none"
     y = np.atleast_2d(np.asarray(y))
     if sorted(order) != list(range(y.shape[1])): raise ValueError(f'the order must name each of the {y.shape[1]} words once')
     y = y[:, order]
     return y, np.where(y >= 0, (y >= 0).cumsum(1) - 1, y.size + 1)
+
+def _scaled(x, used)->np.ndarray:
+    "Vectors standardised by the words that have a label"
+    labelled = x[:, used].astype(np.float64 if x.dtype == np.float64 else np.float32)
+    spread = labelled.std(1, keepdims=True)
+    return ((x - labelled.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1)).astype(labelled.dtype)
 
 def _frequency_bits(y, known, new, sizes)->np.ndarray:
     "Length of a block [tasks] from the frequencies before it, smoothed like the probes"
@@ -56,20 +62,17 @@ def _frequency_bits(y, known, new, sizes)->np.ndarray:
         out[t] = -np.log2((counts[labels[now]] + 1 / max(size, 1)) / (before.sum() + 1)).sum()
     return out
 
-# %% ../../nbs/evals/02_codes.ipynb #0fe5757f
+# %% ../../nbs/evals/02_codes.ipynb #b4b557fd
 def online_code(
     x,                    # Vectors, float [layers, words, width]; both sides have all of them
     y,                    # Labels from 0 up, int [tasks, words]; -1 where a word has no label
     order:Sequence,       # The numbers of the words in the order they are sent; draw it, and whole sentences together
-    fits:Sequence[Callable]=tuple(partial(fit_linear_grid, l2=l2) for l2 in (10., 100., 1000.)), # Probes whose codes are mixed; each is called as fit(x, y, train, standardise=False)
+    fits:Sequence[Callable]=tuple(partial(fit_linear_grid, l2=l2) for l2 in (10., 100., 1000.)), # Mixed; called as fit(x, y, train, standardise=False)
     portions:Sequence=PORTIONS, # Shares of a task's words after each block
 )->OnlineCode:
     "Bits needed to tell the labels of every task given the vectors of every layer (Voita and Titov 2020)"
     y, rank = _ranks(y, order)
-    x = np.asarray(x)[:, order]
-    labelled = x[:, (y >= 0).any(0)].astype(np.float64 if x.dtype == np.float64 else np.float32)
-    spread = labelled.std(1, keepdims=True)
-    x = ((x - labelled.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1)).astype(labelled.dtype)
+    x = _scaled(np.asarray(x)[:, order], (y >= 0).any(0))
     sizes, words = y.max(1, initial=-1) + 1, (y >= 0).sum(1)
     cuts = [_cuts(count, portions) for count in words]
     first = np.array([c[0] if c else 0 for c in cuts]) * np.log2(np.maximum(sizes, 1))

@@ -81,7 +81,7 @@ class Grid:
         out[:, [not len(names) for names in self.labels]] = np.nan
         return out
 
-# %% ../../nbs/evals/01_fits.ipynb #4901d982
+# %% ../../nbs/evals/01_fits.ipynb #6c5eaadb
 def _bend(p, w)->tuple:
     "Axes of the classes [classes, classes] in which their probabilities vary together, and the curvature each word adds along them [classes, words]"
     axes = torch.linalg.eigh(torch.diag(p @ w) - (p * w) @ p.T)[1]
@@ -126,7 +126,7 @@ class _Objective:
         z, axes = torch.addmm(at[:, -1:], at[:, :-1], x.T), torch.zeros(len(at), len(at)).to(x)
         for w, a, b in zip(weights, self.ends, self.ends[1:]): axes[a:b, a:b], z[a:b] = _bend(z[a:b].softmax(0), w)
         bias = z.sum(1, keepdim=True)
-        flat = bias < 1e-4 * torch.zeros(len(tasks)).to(x).scatter_reduce(0, self.owner, bias[:, 0], 'amax')[self.owner, None]
+        flat = bias <= 1e-4 * torch.zeros(len(tasks)).to(x).scatter_reduce(0, self.owner, bias[:, 0], 'amax')[self.owner, None]
         share = 1 / torch.cat((z @ x.square() + self.l2, torch.where(flat, bias.max() + 1, bias)), 1)
         return lambda g: axes @ ((axes.T @ g) * share)
 

@@ -37,7 +37,7 @@ class Minimum:
     steps:Tensor       # Evaluations each problem used [problems]
     converged:Tensor   # Whether `above` came below the tolerance [problems]
 
-# %% ../../nbs/evals/00_lbfgs.ipynb #d5dda20b
+# %% ../../nbs/evals/00_lbfgs.ipynb #b9d8ff2e
 @dataclass
 class _Going:
     "The problems that still move"
@@ -70,6 +70,13 @@ class _Going:
         self.at, self.g, self.value = torch.where(moved, new, self.at), torch.where(moved, g, self.g), torch.where(took, value, self.value)
         self.length = torch.where(took, 1., self.length / 2)
 
+    def leave(self, end, owner, rests, above, step):
+        "Write down where the problems that rest came to"
+        which = self.number[rests]
+        end.at[torch.isin(owner, which)] = self.at[rests[self.owner]]
+        end.value[which], end.above[which], end.steps[which] = self.value[rests], above[rests], step
+        end.converged[which] = (above <= self.tol)[rests]
+
     def keep(self, kept):
         "Go on with some of the problems"
         rows = kept[self.owner]
@@ -80,32 +87,35 @@ class _Going:
             s, y, rho = self.pairs.popleft()
             self.pairs.append((s[rows], y[rows], rho[kept]))
 
-# %% ../../nbs/evals/00_lbfgs.ipynb #5d9c90ce
+# %% ../../nbs/evals/00_lbfgs.ipynb #7a47ee7e
+def _begin(function, start, owner, tol, history)->tuple:
+    "All problems at their start, and the record of their ends, still empty"
+    number = torch.arange(int(owner.max()) + 1, device=start.device)
+    value, g = function(start, tuple(number.tolist()))
+    if not value.isfinite().all(): raise ValueError('the function is not finite where it starts; look for NaN or infinite inputs')
+    zeros, ones = torch.zeros_like(value), torch.ones_like(value)
+    now = _Going(start, g, owner, value, ones, ones, zeros + torch.as_tensor(tol, device=start.device), number, deque(maxlen=history))
+    return now, Minimum(start.clone(), zeros.clone(), zeros.clone(), torch.zeros_like(number), zeros > 0)
+
+# %% ../../nbs/evals/00_lbfgs.ipynb #506ae46c
 def lbfgs(
-    function:Callable,        # From the rows of some problems and the tuple of their numbers to their values, float64, and the gradient of these rows; convex
+    function:Callable,        # Convex: from the rows of some problems and the tuple of their numbers to their float64 values and the gradient
     start:Tensor,             # Parameters [rows, width]
     owner:Tensor,             # The problem each row belongs to, from 0 [rows]
-    inverse:Callable|None=None, # From the rows of some problems and the tuple of their numbers to a function from gradients to steps: roughly the inverse Hessian there
+    inverse:Callable|None=None, # From the same to a function from gradients to steps: roughly the inverse Hessian there
     tol:Tensor|float=1e-9,    # A problem rests where its value is estimated to stand no further above the minimum
     most:int=300,             # Evaluations
     history:int=10,           # Steps remembered
     renew:Sequence=(0, 4, 12, 30), # Evaluations before which `inverse` is asked again, as also when problems leave
 )->Minimum:
     "Minimise many convex functions together (L-BFGS, Nocedal 1980; backtracking)"
-    number = torch.arange(int(owner.max()) + 1, device=start.device)
-    value, g = function(start, tuple(number.tolist()))
-    if not value.isfinite().all(): raise ValueError('the function is not finite where it starts; look for NaN or infinite inputs')
-    zeros, ones = torch.zeros_like(value), torch.ones_like(value)
-    now = _Going(start, g, owner, value, ones, ones, zeros + torch.as_tensor(tol, device=start.device), number, deque(maxlen=history))
-    end = Minimum(start.clone(), zeros.clone(), zeros.clone(), torch.zeros_like(number), zeros > 0)
+    now, end = _begin(function, start, owner, tol, history)
     for step in range(most + 1):
         if step == 0 or step in renew: guess = inverse(now.at, tuple(now.number.tolist())) if inverse else torch.clone
         above = _dot(now.g, guess(now.g), now.owner, len(now.value)) / 2
         rests = (above <= now.tol) | (now.length < 1e-9) | (step == most)
         if rests.any():
-            which = now.number[rests]
-            end.at[torch.isin(owner, which)] = now.at[rests[now.owner]]
-            end.value[which], end.above[which], end.steps[which], end.converged[which] = now.value[rests], above[rests], step, (above <= now.tol)[rests]
+            now.leave(end, owner, rests, above, step)
             if rests.all(): break
             now.keep(~rests)
             if inverse: guess = inverse(now.at, tuple(now.number.tolist()))

@@ -30,7 +30,7 @@ class MLP:
         hidden = torch.addmm(self.shift, self.first, x.T).relu().split(self.second.shape[1])
         return torch.cat([self.second[a:b] @ h for h, a, b in zip(hidden, self.ends, self.ends[1:])]) + self.bias
 
-# %% ../../nbs/evals/02_mlp_fits.ipynb #75a2169e
+# %% ../../nbs/evals/02_mlp_fits.ipynb #e694265e
 def _network(x, labels, hidden, standardise, seed)->tuple:
     "The untrained probes of a layer, and their parameters"
     ends = np.cumsum([0, *map(len, labels)]).tolist()
@@ -39,13 +39,14 @@ def _network(x, labels, hidden, standardise, seed)->tuple:
     parameters = [t.to(x).requires_grad_() for t in shapes]
     return MLP(*parameters, ends, *_standard(x, standardise)), parameters
 
-def _train(x, labels, y, weights, hidden, epochs, lr, decay, batch, standardise, seed)->tuple:
+def _train(x, labels, y, weights, hidden, epochs, lr, batch, standardise, seed)->tuple:
     "Train the probes of one layer; with them the loss of each task in each epoch [epochs, tasks]"
+    if hidden < 1 or epochs < 1 or batch < 1: raise ValueError(f'hidden, epochs and batch must be at least 1, given {hidden}, {epochs} and {batch}')
     probes, parameters = _network(x, labels, hidden, standardise, seed)
     marks, weights = torch.as_tensor(_marks(labels, y), device=x.device), torch.as_tensor(weights, device=x.device).to(x)
     weights = weights / weights.mean(1, keepdim=True)
     epochs = max(epochs, -(-100 // -(-len(x) // batch)))
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=.1)
     order, losses = torch.Generator().manual_seed(seed), torch.zeros(epochs, len(labels), dtype=torch.float64)
     for epoch in range(epochs):
         for group in optimizer.param_groups: group['lr'] = lr * (1 - epoch / epochs)
@@ -59,15 +60,14 @@ def _train(x, labels, y, weights, hidden, epochs, lr, decay, batch, standardise,
     for p in parameters: p.requires_grad_(False)
     return probes, losses
 
-# %% ../../nbs/evals/02_mlp_fits.ipynb #42e37e00
+# %% ../../nbs/evals/02_mlp_fits.ipynb #c5d5064a
 def fit_mlp_grid(
     x,                    # Vectors, float [layers, words, width]
     y,                    # Labels from 0 up, int [tasks, words]; -1 where a word has no label
     train=None,           # Words to train on, bool [words] or [tasks, words]; all with a label when not given
     hidden:int=64,        # Units of each probe
     epochs:int=20,        # Passes; more where words are so few that there would be less than 100 steps; the rate falls linearly to 0
-    lr:float=1e-2,        # Rate of AdamW at the start
-    decay:float=.1,       # Weight decay of AdamW
+    lr:float=1e-2,        # Rate of AdamW at the start; weight decay is .1
     batch:int=128,        # Words in a step
     weights=None,         # What each word counts, from 0 up, [words] or [tasks, words]
     standardise:bool=True, # By mean and deviation of the words any task trains on
@@ -76,13 +76,12 @@ def fit_mlp_grid(
     dtype:torch.dtype|None=None, # That of `x` when not given
 )->Grid:                  # `loss` is that of the last epoch, in nats a word; `converged` where it fell by less than .01 over the last quarter
     "Probes with one hidden layer (as Hewitt and Liang 2019) for every layer and task, each layer's tasks trained together"
-    if hidden < 1 or epochs < 1 or batch < 1: raise ValueError(f'hidden, epochs and batch must be at least 1, given {hidden}, {epochs} and {batch}')
     y, weights, labels, size = _checked(x, y, train, weights)
     there, words = [i for i, names in enumerate(labels) if len(names)], (y >= 0).any(0)
     parts, record = [], np.full((3, len(x), len(y)), np.nan)
     for layer in track(range(len(x) if there else 0), 'training probes'):
         part, losses = _train(_vectors(x, layer, words, dtype, device), [labels[i] for i in there], y[there][:, words], weights[there][:, words],
-                              hidden, epochs, lr, decay, batch, standardise, seed)
+                              hidden, epochs, lr, batch, standardise, seed)
         parts.append(part)
         flat = (losses[len(losses) * 3 // 4 - 1] - losses[-1]).abs() < .01
         record[:, layer, there] = np.stack([losses[-1], flat, np.full(len(flat), len(losses))])

@@ -77,8 +77,9 @@ def _tasks(words, name, turned, seed)->'_Task|str':
     found = [_task(words, name, sides, seed) for sides in turned]
     return next((f for f in found if isinstance(f, str)), found[0])
 
-# %% ../../nbs/evals/03_probing.ipynb #0aa01843
-KINDS = {'linear': lambda x, y, train, seed, l2: fit_linear_grid(x, y, train, l2=l2), 'mlp': lambda x, y, train, seed, l2: fit_mlp_grid(x, y, train, seed=seed)}
+# %% ../../nbs/evals/03_probing.ipynb #3be6168b
+KINDS = {'linear': lambda x, y, train, seed, l2: fit_linear_grid(x, y, train, l2=l2),
+         'mlp': lambda x, y, train, seed, l2: fit_mlp_grid(x, y, train, seed=seed)}
 
 def _guesses(states, tasks, sides, kind, seed, l2)->np.ndarray:
     "Guessed label of every word, int [layers, tasks, words], first of all features, then of all control tasks"
@@ -124,12 +125,13 @@ def _part(words, task, guess, dull, twin, sides)->_Part:
         rows, other = [row | {'random weights': t['test']} for row, t in zip(rows, theirs)], twin[_best(theirs)][there]
     return _Part(rows, layer, np.flatnonzero(there), task.names[guess[layer][there]], _baselines(words, task, sides, other), (dull[layer] == task.control)[there])
 
-# %% ../../nbs/evals/03_probing.ipynb #07db384b
+# %% ../../nbs/evals/03_probing.ipynb #309d8a29
 def _result(words, task, parts, units, seed, how)->ProbeResult:
     "Everything about one feature, from all divisions together"
     where, said, dull = (np.concatenate([getattr(p, name) for p in parts]) for name in ('where', 'guess', 'dull'))
     others = {n: np.concatenate([p.others[n] for p in parts]) for n in parts[0].others}
-    rows = [{key: float(np.mean([row[key] for row in same])) if key != 'layer' else same[0][key] for key in same[0]} for same in zip(*(p.rows for p in parts))]
+    mean = lambda key, same: same[0][key] if key == 'layer' else float(np.mean([row[key] for row in same]))
+    rows = [{key: mean(key, same) for key in same[0]} for same in zip(*(p.rows for p in parts))]
     label, units, layers = task.names[task.y[where]], units[where], [p.layer for p in parts]
     right, how = said == label, how.format(layers=', '.join(map(str, layers)), last=len(rows) - 1, words=len(where))
     values = {name: label_values(label, g) for name, g in others.items()}
@@ -155,7 +157,7 @@ def _with_codes(words, tasks, results, seed)->dict:
         out[t.name] = replace(r, by_layer=rows, code={key: float(value) for key, value in facts.items()})
     return out
 
-# %% ../../nbs/evals/03_probing.ipynb #4af568b8
+# %% ../../nbs/evals/03_probing.ipynb #82da22d0
 def probe_all(
     words:ProbeWords,
     twin:ProbeWords|None=None, # The same words as the network with random weights sees them
@@ -178,8 +180,8 @@ def probe_all(
         mine, theirs = (None if w is None else _guesses(w.states, tasks, sides, kind, seed, l2) for w in (words, twin))
         for k, t in enumerate(tasks): parts[k].append(_part(words, t, mine[:, k], mine[:, len(tasks) + k], None if twin is None else theirs[:, k], sides))
     units = np.unique(words.sentences if by == 'sentence' else words.forms, return_inverse=True)[1]
-    how = (f'{kind} probe{f", L2 {l2:g}" * (kind == "linear")}, layer {{layers}} of {{last}} chosen on validation words, divided by {by} (seed {seed}{f", {turns} turns" * (turns > 1)}), '
-           f'{{words}} test words; interval and test over {by}s')
+    how = (f'{kind} probe{f", L2 {l2:g}" * (kind == "linear")}, layer {{layers}} of {{last}} chosen on validation words, '
+           f'divided by {by} (seed {seed}{f", {turns} turns" * (turns > 1)}), {{words}} test words; interval and test over {by}s')
     results = {t.name: _result(words, t, parts[k], units, seed, how) for k, t in enumerate(tasks)}
     if code and tasks: results = _with_codes(words, tasks, results, seed)
     names = list(next(iter(results.values())).p) if results else []

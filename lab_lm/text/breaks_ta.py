@@ -146,13 +146,12 @@ def _place_case(rng:Random)->Twin:
     firm = lambda n: n.feats.get('Case') == 'Loc' and n.upos == 'NOUN' and n.feats['Gender'] == 'Neut' and kinds_of(word(n.lemma, 'NOUN')) & FIRM
     return _turned(nodes, next((n for n in nodes if firm(n)), None), 'Loc', {'gender': 'Com'})
 
-# %% ../../nbs/text/10_breaks_ta.ipynb #76a01360
+# %% ../../nbs/text/10_breaks_ta.ipynb #8d9c57db
 def _other_tense(rng:Random)->Twin:
     "Yesterday with the future, tomorrow with the past"
-    when = rng.choice(('நேற்று', 'நேற்றிரவு', 'நாளை', 'நாளை', None))
+    when = rng.choice(('நேற்று', 'நேற்றிரவு', 'நாளை', 'நாளை'))
     tense, neg = ('Fut', False) if when == 'நாளை' else ('Past', rng.random() < .15)
-    nodes, verb = clause(rng, [v for v in deeds(False) if 'tenses' not in v and (when or v.get('long'))], tense=tense, neg=neg, when=when)
-    if when is None and not any(n.lemma == 'சென்ற' for n in nodes): return None
+    nodes, verb = clause(rng, [v for v in deeds(False) if 'tenses' not in v], tense=tense, neg=neg, when=when)
     who = _who(nodes)
     other = {'Tense': 'Past' if tense == 'Fut' else 'Fut', 'Polarity': 'Neg' if neg else 'Pos'}
     feats = agreement(word(who.lemma, who.upos), who.feats['Number']) | other

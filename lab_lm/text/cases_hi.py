@@ -57,12 +57,12 @@ def break_accusative(
     apart = apart and obj.head.lemma not in ('बुलाना', 'पुकारना') # one may call somebody Mohan
     return [respelt(nodes, {marked(nodes, obj): ''})] if apart else []
 
-# %% ../../nbs/text/11_cases_hi.ipynb #8c5fc88e
+# %% ../../nbs/text/11_cases_hi.ipynb #8e7e4fe6
 def _feels(nodes:list[Node], who:Node)->list[list[str]]:
     "One who feels or must, in the case of one who acts"
     post = marked(nodes, who)
     if post is not None: return [respelt(nodes, {post: 'ने'})] if who.deprel == 'iobj' else []
-    plain = [respelt(nodes, {who: form_of(who, Case='Nom')})] if who.lemma in ('मैं', 'हम', 'तुम') else [] # वह डर is that fear
+    plain = [respelt(nodes, {who: form_of(who, Case='Nom')})] * (who.lemma in ('मैं', 'हम', 'तुम')) # वह डर is that fear
     return plain + ([respelt(nodes, {who: form_of(who, Case='Erg')})] if who.deprel == 'iobj' else []) # मैंने जाना है is said in Delhi
 
 # %% ../../nbs/text/11_cases_hi.ipynb #2d4cf6a4
@@ -79,7 +79,7 @@ def break_dative(
     acts = s.lemma in ('मैं', 'तुम') and s.feats['Case'] == 'Nom' and nodes[-1].feats.get('Person') and role_of(nodes, 'obj') is None
     return [respelt(nodes, {s: form_of(s, Case='Dat')})] if acts and root.lemma not in ('आना', 'मिलना', 'लगना', 'चाहना') else []
 
-# %% ../../nbs/text/11_cases_hi.ipynb #a9e0cdd1
+# %% ../../nbs/text/11_cases_hi.ipynb #90347c67
 def break_negation(
     nodes:list[Node], # A finished clause that is no question
 )->list[list[str]]:
@@ -92,7 +92,8 @@ def break_negation(
         last = nodes[-1].feats # तुम मत जाओगे is near a request, चोट मत लगा is one
         told = s.feats.get('Person') == '2' and last.get('Tense') == 'Fut' or last.get('Aspect') == 'Perf' and last['Gender'] + last['Number'] == 'MascSing'
         return [respelt(nodes, {no: ''})] if one else [] if told else [respelt(nodes, {no: 'मत'})]
-    may = root.feats.get('Tense') == 'Fut' or any(n.lemma in ('सकना', 'लगना') and n.upos == 'AUX' for n in nodes) # what may be is left alone
+    modal = any(n.lemma in ('सकना', 'लगना') and n.upos == 'AUX' for n in nodes)
+    may = modal or root.feats.get('Tense') == 'Fut' # what may be is left alone
     if may or obj is None or obj.upos != 'NOUN' or obj.feats['Number'] != 'Sing' or marked(nodes, obj) is not None: return []
     alone = not any(n.head is obj for n in nodes) and not entry_of('hi', obj.lemma, 'NOUN').get('number')
     return [respelt(nodes, {obj: 'एक भी ' + obj.form})] if alone and obj.head is root else []
