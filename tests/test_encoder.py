@@ -102,7 +102,7 @@ def test_a_real_encoder_in_8_bits(real):
     small = eight_bit(model, held) # The bounds are those of the texts themselves, so that this does not hang on how far from them others lie
     exact, near = encode(model, held), encode(small, held)
     assert .9 < (exact * near).sum(1).min() and (exact * near).sum(1).mean() < .99999
-    same(encode(small, held, max_tokens=1), near, 1e-3)
+    assert (encode(small, held, max_tokens=1) * near).sum(1).min() > .999 # A number beside an edge may be rounded to its other side in another batch
     assert fingerprint(small) != fingerprint(model) and not any(p.requires_grad for m in small.modules() if type(m).__name__ == 'Int8Linear' for p in m.parameters())
 
 

@@ -25,12 +25,12 @@ class Chapter:
     config:str  # Name of its configuration class
     about:str   # One line
 
-# %% ../../nbs/app/00_pipeline.ipynb #1b66036f
+# %% ../../nbs/app/00_pipeline.ipynb #c20d34d6
 CHAPTERS = dict(explore=Chapter(1, 'ExploreConfig', 'Read, clean, split and count a corpus; train and compare tokenizers'),
                 mlm=Chapter(2, 'MLMConfig', 'Train a masked language model from scratch; bits per byte beside n-gram floors'),
                 qlora=Chapter(3, 'QLoRAConfig', 'Fine-tune a Gemma 3 in 4 bits, merge it, write GGUF and prove it in llama.cpp'),
                 beir=Chapter(4, 'BeirConfig', 'Measure search: BM25 and an encoder, nDCG@10 with intervals'),
-                probes=Chapter(5, 'ProbesConfig', 'Probe the layers of a model for gender and number, with controls'))
+                probes=Chapter(5, 'ProbesConfig', 'Put a model and its random twin under every instrument: bits per byte, minimal pairs, probes, tasks'))
 
 # %% ../../nbs/app/00_pipeline.ipynb #e3a6c5ff
 def load_chapter(
