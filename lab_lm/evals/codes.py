@@ -62,12 +62,12 @@ def _frequency_bits(y, known, new, sizes)->np.ndarray:
         out[t] = -np.log2((counts[labels[now]] + 1 / max(size, 1)) / (before.sum() + 1)).sum()
     return out
 
-# %% ../../nbs/evals/02_codes.ipynb #b4b557fd
+# %% ../../nbs/evals/02_codes.ipynb #ecb6f2cb
 def online_code(
     x,                    # Vectors, float [layers, words, width]; both sides have all of them
     y,                    # Labels from 0 up, int [tasks, words]; -1 where a word has no label
     order:Sequence,       # The numbers of the words in the order they are sent; draw it, and whole sentences together
-    fits:Sequence[Callable]=tuple(partial(fit_linear_grid, l2=l2) for l2 in (10., 100., 1000.)), # Mixed; called as fit(x, y, train, standardise=False)
+    fits:Sequence[Callable]=tuple(partial(fit_linear_grid, l2=l2) for l2 in (10., 100., 1000.)), # Mixed; called as f(x, y, train, standardise=False)
     portions:Sequence=PORTIONS, # Shares of a task's words after each block
 )->OnlineCode:
     "Bits needed to tell the labels of every task given the vectors of every layer (Voita and Titov 2020)"

@@ -14,12 +14,13 @@ import torch
 from ..core.progress import track
 from .lbfgs import lbfgs
 
-# %% ../../nbs/evals/01_fits.ipynb #a513f586
+# %% ../../nbs/evals/01_fits.ipynb #cd2399d9
 def _checked(x, y, train, weights)->tuple:
     "Labels [tasks, words], -1 where a word does not train; weights [tasks, words]; the labels seen of each task; how many the largest has"
     y = np.atleast_2d(np.asarray(y))
     if x.ndim != 3 or y.ndim != 2 or y.shape[1] != x.shape[1] or y.dtype.kind not in 'iu':
-        raise ValueError(f'states [layers, words, width] and whole-number labels [tasks, words] are needed, given {tuple(x.shape)} and {y.dtype} {y.shape}')
+        raise ValueError('states [layers, words, width] and whole-number labels [tasks, words] are needed, '
+                         f'given {tuple(x.shape)} and {y.dtype} {y.shape}')
     size = int(y.max(initial=-1)) + 1
     if y.size and y.min() < -1: raise ValueError(f'labels count from 0, and -1 stands for none; given {y.min()}')
     weights = np.broadcast_to(np.ones(1) if weights is None else np.asarray(weights, float), y.shape)
@@ -37,7 +38,8 @@ def _vectors(x, layer, words, dtype, device)->torch.Tensor:
 def _standard(x, standardise)->tuple:
     "Centre and scale of vectors [words, width]; a column without any spread keeps its scale"
     if not standardise: return torch.zeros_like(x[0]), torch.ones_like(x[0])
-    centre, scale = x.mean(0), x.std(0, correction=0)
+    centre = x.mean(0)
+    scale = (x - centre).square_().mean(0).sqrt()
     return centre, torch.where(scale > 10 * torch.finfo(x.dtype).eps * centre.abs(), scale, 1.)
 
 def _marks(labels, y)->np.ndarray:
@@ -81,25 +83,34 @@ class Grid:
         out[:, [not len(names) for names in self.labels]] = np.nan
         return out
 
-# %% ../../nbs/evals/01_fits.ipynb #6c5eaadb
+# %% ../../nbs/evals/01_fits.ipynb #b4500662
 def _bend(p, w)->tuple:
     "Axes of the classes [classes, classes] in which their probabilities vary together, and the curvature each word adds along them [classes, words]"
     axes = torch.linalg.eigh(torch.diag(p @ w) - (p * w) @ p.T)[1]
     return axes, (axes.square().T @ p - (axes.T @ p).square()).clamp(0) * w
+
+def _blocks(x, bend, l2)->torch.Tensor:
+    "For each row of `bend` [rows, words] the inverse of the vectors' products weighted by it, penalty added [rows, width, width]"
+    width = x.shape[1]
+    h = (bend @ (x[:, :, None] * x[:, None]).flatten(1)).view(-1, width, width)
+    h.diagonal(dim1=1, dim2=2).add_(l2 + 1e-7 * h.diagonal(dim1=1, dim2=2).max() + torch.finfo(x.dtype).tiny)
+    return torch.cholesky_inverse(torch.linalg.cholesky(h))
 
 def _loss(z, ends, marks, weights)->torch.Tensor:
     "Weighted cross-entropy of each task, float64; turns the scores `z` [rows, words] into the gradient"
     out = []
     for task, (a, b) in enumerate(zip(ends, ends[1:])):
         rows, mark, w = z[a:b], marks[task][None], weights[task][None]
-        total = rows.logsumexp(0, keepdim=True)
-        out.append(((total - rows.gather(0, mark)) * w).sum(dtype=torch.float64))
-        rows.sub_(total).exp_().mul_(w).scatter_add_(0, mark, -w)
+        own = rows.sub_(rows.amax(0, keepdim=True)).gather(0, mark)
+        total = rows.exp_().sum(0, keepdim=True)
+        out.append(((total.log() - own) * w).sum(dtype=torch.float64))
+        rows.mul_(w / total).scatter_add_(0, mark, -w)
     return torch.stack(out)
 
 class _Objective:
     "Penalised loss of the tasks of one layer, its gradient and its curvature, for `lbfgs`; the last column of the parameters is the bias"
-    def __init__(self, x, marks, weights, sizes, l2): self.x, self.all, self.now = x, (marks, weights, sizes, l2), None
+    def __init__(self, x, marks, weights, sizes, l2, lead):
+        self.x, self.all, self.lead, self.now = x, (marks, weights, sizes, l2), lead, None
 
     def choose(self, tasks):
         "Only some tasks from here on, and only the words they are trained on"
@@ -120,15 +131,23 @@ class _Objective:
         return value.index_add_(0, self.owner, (self.l2[:, 0] * at[:, :-1].square().sum(1)).double() / 2), g
 
     def inverse(self, at, tasks):
-        "The inverse of the Hessian's diagonal, in the axes in which the classes of each task vary"
+        "Roughly the inverse Hessian, from some 2,000 words: exact for the class axis and the `lead` widest axes of the vectors, else diagonal"
         if tasks != self.now: self.choose(tasks)
         x, _, weights = self.words
+        every, lead = max(len(x) // 2000, 1), self.lead
+        x, weights = x[::every], weights[:, ::every] * every
         z, axes = torch.addmm(at[:, -1:], at[:, :-1], x.T), torch.zeros(len(at), len(at)).to(x)
         for w, a, b in zip(weights, self.ends, self.ends[1:]): axes[a:b, a:b], z[a:b] = _bend(z[a:b].softmax(0), w)
         bias = z.sum(1, keepdim=True)
         flat = bias <= 1e-4 * torch.zeros(len(tasks)).to(x).scatter_reduce(0, self.owner, bias[:, 0], 'amax')[self.owner, None]
         share = 1 / torch.cat((z @ x.square() + self.l2, torch.where(flat, bias.max() + 1, bias)), 1)
-        return lambda g: axes @ ((axes.T @ g) * share)
+        if not lead: return lambda g: axes @ ((axes.T @ g) * share)
+        blocks = _blocks(x[:, -lead:], z, self.l2)
+        def step(g):
+            g = axes.T @ g
+            wide = torch.bmm(blocks, g[:, -lead - 1:-1, None])[:, :, 0]
+            return axes @ torch.cat((g[:, :-lead - 1] * share[:, :-lead - 1], wide, g[:, -1:] * share[:, -1:]), 1)
+        return step
 
 # %% ../../nbs/evals/01_fits.ipynb #3d46ef89
 def _basis(x)->tuple:
@@ -152,20 +171,31 @@ class Linear:
 
     def __call__(self, x): return self.weights @ ((torch.as_tensor(x).to(self.bias) - self.centre) / self.scale).T + self.bias[:, None]
 
-# %% ../../nbs/evals/01_fits.ipynb #e2ed27dc
-def _fit_layer(x, labels, y, weights, l2, standardise, tol, most)->tuple:
-    "The probes, and how the minimiser ended"
+# %% ../../nbs/evals/01_fits.ipynb #43da4de3
+def _start(x, problem, owner, last)->torch.Tensor:
+    "Where the fit of vectors [words, width] begins: the weights that come nearest to the scores of the layer before (`last`), or none"
+    marks, weights, sizes, l2 = problem.all
+    if last is None:
+        counts = [torch.zeros(size).to(x).index_add_(0, m, w) for size, m, w in zip(sizes, marks, weights)]
+        return torch.cat((torch.zeros(len(owner), x.shape[1]).to(x), torch.cat(counts).log()[:, None]), 1)
+    scores, bias = last
+    spread = x.square().sum(0) + l2[owner, None]
+    return torch.cat((scores @ x / spread.clamp(torch.finfo(x.dtype).eps * spread.max()), bias[:, None]), 1)
+
+def _fit_layer(x, labels, y, weights, l2, standardise, tol, most, last)->tuple:
+    "The probes, how the minimiser ended, and the scores for the next layer: of the training words without bias, and the bias"
     centre, scale = _standard(x, standardise)
     z, axes = _basis((x - centre) / scale)
     sizes, to = [len(names) for names in labels], partial(torch.as_tensor, device=x.device)
     marks, weights, owner = to(_marks(labels, y)), to(weights).to(x), to(np.repeat(np.arange(len(sizes)), sizes))
-    counts = torch.cat([torch.zeros(size).to(x).index_add_(0, m, w) for size, m, w in zip(sizes, marks, weights)])
-    at = torch.cat((torch.zeros(len(counts), z.shape[1]).to(x), counts.log()[:, None]), 1)
-    problem = _Objective(z, marks, weights, sizes, to(np.where(np.array(sizes) == 2, 2., 1.) * l2).to(x))
-    end = lbfgs(problem, at, owner, problem.inverse, tol * weights.sum(1).double(), most)
-    return Linear(end.at[:, :-1] @ axes.T, end.at[:, -1], centre, scale), end
+    lead, renew = (0, (0, 4, 12, 30)) if last is None else (min(32, z.shape[1]), (0, 12, 30))
+    problem = _Objective(z, marks, weights, sizes, to(np.where(np.array(sizes) == 2, 2., 1.) * l2).to(x), lead)
+    at = _start(z, problem, owner, last)
+    end = lbfgs(problem, at, owner, problem.inverse, tol * weights.sum(1).double(), most, renew=renew)
+    slopes, bias = end.at[:, :-1], end.at[:, -1]
+    return Linear(slopes @ axes.T, bias, centre, scale), end, (slopes @ z.T, bias)
 
-# %% ../../nbs/evals/01_fits.ipynb #1b780828
+# %% ../../nbs/evals/01_fits.ipynb #1156a975
 def fit_linear_grid(
     x,                    # Vectors, float [layers, words, width]
     y,                    # Labels from 0 up, int [tasks, words]; -1 where a word has no label
@@ -173,7 +203,7 @@ def fit_linear_grid(
     l2:float|Sequence=10., # Strength of the penalty, scikit-learn's 1/C; or one for each task
     weights=None,         # What each word counts, from 0 up, [words] or [tasks, words]
     standardise:bool=True, # By mean and deviation of the words any task trains on
-    tol:float=1e-5,       # A fit rests where its mean loss is estimated to stand so many nats a word above its minimum
+    tol:float=1e-4,       # A fit rests where its mean loss is estimated to stand so many nats a word above its minimum
     most:int=300,         # Evaluations at most
     device:str='cpu',     # Where torch computes
     dtype:torch.dtype|None=None, # That of `x` when not given
@@ -181,10 +211,11 @@ def fit_linear_grid(
     "Logistic regression with an L2 penalty for every layer and task, each layer's tasks in one minimisation"
     y, weights, labels, size = _checked(x, y, train, weights)
     there, words = [i for i, names in enumerate(labels) if len(names)], (y >= 0).any(0)
-    parts, record = [], np.full((3, len(x), len(y)), np.nan)
+    parts, record, last = [], np.full((3, len(x), len(y)), np.nan), None
     for layer in track(range(len(x) if there else 0), 'fitting probes'):
-        part, end = _fit_layer(_vectors(x, layer, words, dtype, device), [labels[i] for i in there], y[there][:, words], weights[there][:, words],
-                               np.broadcast_to(l2, len(y))[there], standardise, tol, most)
+        part, end, last = _fit_layer(
+            _vectors(x, layer, words, dtype, device), [labels[i] for i in there], y[there][:, words], weights[there][:, words],
+            np.broadcast_to(l2, len(y))[there], standardise, tol, most, last)
         parts.append(part)
         record[:, layer, there] = np.stack([t.cpu() for t in (end.value, end.converged, end.steps)])
     return Grid(parts, labels, size, record[0], record[1] == 1, record[2])

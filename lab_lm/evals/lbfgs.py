@@ -12,19 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# %% ../../nbs/evals/00_lbfgs.ipynb #a3e5fa67
+# %% ../../nbs/evals/00_lbfgs.ipynb #a9ba35bd
 def _dot(a, b, owner, n)->Tensor:
     "Inner product of each problem, float64 [n]"
     return torch.zeros(n, dtype=torch.float64, device=a.device).index_add_(0, owner, torch.linalg.vecdot(a, b).double())
 
-def _direction(g, inverse, gamma, pairs, owner)->Tensor:
-    "Minus the gradient times what is known of the inverse Hessian"
-    n, spread, q, shares = len(gamma), lambda t: t.to(g.dtype)[owner, None], g.clone(), []
+def _direction(g, inverse, gamma, pairs, same)->Tensor:
+    "Minus the gradient times what is known of the inverse Hessian; `same` [rows, rows] is 1 where two rows are of one problem"
+    q, shares = g.clone(), []
     for s, y, rho in reversed(pairs):
-        shares.append(rho * _dot(s, q, owner, n))
-        q -= spread(shares[-1]) * y
-    q = inverse(q) * spread(gamma)
-    for (s, y, rho), share in zip(pairs, reversed(shares)): q += spread(share - rho * _dot(y, q, owner, n)) * s
+        shares.append((rho * (same @ torch.linalg.vecdot(s, q)))[:, None])
+        q.addcmul_(shares[-1], y, value=-1)
+    q = inverse(q) * gamma
+    for (s, y, rho), share in zip(pairs, reversed(shares)):
+        q.addcmul_(share - (rho * (same @ torch.linalg.vecdot(y, q)))[:, None], s)
     return q.neg_()
 
 # %% ../../nbs/evals/00_lbfgs.ipynb #4da2ecfd
@@ -37,36 +38,50 @@ class Minimum:
     steps:Tensor       # Evaluations each problem used [problems]
     converged:Tensor   # Whether `above` came below the tolerance [problems]
 
-# %% ../../nbs/evals/00_lbfgs.ipynb #b9d8ff2e
+# %% ../../nbs/evals/00_lbfgs.ipynb #5002fcba
 @dataclass
 class _Going:
     "The problems that still move"
-    at:Tensor          # By row, like g and owner
+    at:Tensor          # By row, like g, owner and gamma
     g:Tensor
     owner:Tensor
+    gamma:Tensor
     value:Tensor       # By problem, like the rest
     length:Tensor
-    gamma:Tensor
     tol:Tensor
     number:Tensor
-    pairs:deque        # Steps, changes of the gradient along them, 1 / their product (0 where there was no step)
+    pairs:deque        # Steps, changes of the gradient along them, 1 / their product by row (0 where there was no step)
+    guess:Callable|None=None # The inverse Hessian as last asked for,
+    wide:int=0         # for how many rows,
+    rows:Tensor|None=None # and which of them still move (all when not given)
 
-    def match(self, inverse):
+    def ask(self, inverse):
+        "Learn the curvature where the problems are now"
+        self.guess, self.wide, self.rows = inverse(self.at, tuple(self.number.tolist())), len(self.at), None
+        self.same = (self.owner[:, None] == self.owner).to(self.g)
+
+    def inverse(self, g)->Tensor:
+        "Roughly the inverse Hessian times `g`, also after some problems left"
+        if self.rows is None: return self.guess(g)
+        return self.guess(torch.zeros(self.wide, g.shape[1]).to(g).index_copy_(0, self.rows, g))[self.rows]
+
+    def match(self):
         "How far `inverse` is from the curvature of the last step"
         s, y, rho = self.pairs[-1]
-        self.gamma = torch.where(rho > 0, 1 / (rho * _dot(y, inverse(y), self.owner, len(rho))).clamp(1e-300), self.gamma)
+        off = rho * (self.same @ torch.linalg.vecdot(y, self.inverse(y)))
+        self.gamma = torch.where(off > 0, 1 / off, self.gamma[:, 0])[:, None]
 
-    def step(self, function, inverse):
+    def step(self, function):
         "Each problem moves, or halves its step"
         n, eps = len(self.value), 2 * torch.finfo(self.g.dtype).eps
-        d = _direction(self.g, inverse, self.gamma, self.pairs, self.owner)
+        d = _direction(self.g, self.inverse, self.gamma, self.pairs, self.same)
         new = self.at + self.length.to(d.dtype)[self.owner, None] * d
         value, g = function(new, tuple(self.number.tolist()))
         took = value <= self.value + 1e-4 * self.length * _dot(self.g, d, self.owner, n) + eps * self.value.abs()
         moved = took[self.owner, None]
         s, y = torch.where(moved, new - self.at, 0.), torch.where(moved, g - self.g, 0.)
-        product = _dot(s, y, self.owner, n)
-        self.pairs.append((s, y, torch.where(product > 0, 1 / product, 0.)))
+        product = self.same @ torch.linalg.vecdot(s, y)
+        self.pairs.append((s, y, torch.where(product > torch.finfo(s.dtype).tiny ** .5, 1 / product, 0.)))
         self.at, self.g, self.value = torch.where(moved, new, self.at), torch.where(moved, g, self.g), torch.where(took, value, self.value)
         self.length = torch.where(took, 1., self.length / 2)
 
@@ -80,24 +95,27 @@ class _Going:
     def keep(self, kept):
         "Go on with some of the problems"
         rows = kept[self.owner]
-        for name in ('at', 'g', 'owner'): setattr(self, name, getattr(self, name)[rows])
-        for name in ('value', 'length', 'gamma', 'tol', 'number'): setattr(self, name, getattr(self, name)[kept])
+        self.rows = rows.nonzero()[:, 0] if self.rows is None else self.rows[rows]
+        for name in ('at', 'g', 'owner', 'gamma'): setattr(self, name, getattr(self, name)[rows])
+        for name in ('value', 'length', 'tol', 'number'): setattr(self, name, getattr(self, name)[kept])
+        self.same = self.same[rows][:, rows]
         self.owner = (kept.cumsum(0) - 1)[self.owner]
         for _ in range(len(self.pairs)):
             s, y, rho = self.pairs.popleft()
-            self.pairs.append((s[rows], y[rows], rho[kept]))
+            self.pairs.append((s[rows], y[rows], rho[rows]))
 
-# %% ../../nbs/evals/00_lbfgs.ipynb #7a47ee7e
+# %% ../../nbs/evals/00_lbfgs.ipynb #b56c393a
 def _begin(function, start, owner, tol, history)->tuple:
     "All problems at their start, and the record of their ends, still empty"
     number = torch.arange(int(owner.max()) + 1, device=start.device)
     value, g = function(start, tuple(number.tolist()))
     if not value.isfinite().all(): raise ValueError('the function is not finite where it starts; look for NaN or infinite inputs')
     zeros, ones = torch.zeros_like(value), torch.ones_like(value)
-    now = _Going(start, g, owner, value, ones, ones, zeros + torch.as_tensor(tol, device=start.device), number, deque(maxlen=history))
+    tol = zeros + torch.as_tensor(tol, device=start.device)
+    now = _Going(start, g, owner, torch.ones_like(g[:, :1]), value, ones, tol, number, deque(maxlen=history))
     return now, Minimum(start.clone(), zeros.clone(), zeros.clone(), torch.zeros_like(number), zeros > 0)
 
-# %% ../../nbs/evals/00_lbfgs.ipynb #506ae46c
+# %% ../../nbs/evals/00_lbfgs.ipynb #7293f282
 def lbfgs(
     function:Callable,        # Convex: from the rows of some problems and the tuple of their numbers to their float64 values and the gradient
     start:Tensor,             # Parameters [rows, width]
@@ -105,20 +123,19 @@ def lbfgs(
     inverse:Callable|None=None, # From the same to a function from gradients to steps: roughly the inverse Hessian there
     tol:Tensor|float=1e-9,    # A problem rests where its value is estimated to stand no further above the minimum
     most:int=300,             # Evaluations
-    history:int=10,           # Steps remembered
-    renew:Sequence=(0, 4, 12, 30), # Evaluations before which `inverse` is asked again, as also when problems leave
+    history:int=6,            # Steps remembered
+    renew:Sequence=(0, 4, 12, 30), # Evaluations before which `inverse` is asked again
 )->Minimum:
     "Minimise many convex functions together (L-BFGS, Nocedal 1980; backtracking)"
     now, end = _begin(function, start, owner, tol, history)
     for step in range(most + 1):
-        if step == 0 or step in renew: guess = inverse(now.at, tuple(now.number.tolist())) if inverse else torch.clone
-        above = _dot(now.g, guess(now.g), now.owner, len(now.value)) / 2
+        if step == 0 or step in renew: now.ask(inverse or (lambda at, problems: torch.clone))
+        above = _dot(now.g, now.inverse(now.g), now.owner, len(now.value)) / 2
         rests = (above <= now.tol) | (now.length < 1e-9) | (step == most)
         if rests.any():
             now.leave(end, owner, rests, above, step)
             if rests.all(): break
             now.keep(~rests)
-            if inverse: guess = inverse(now.at, tuple(now.number.tolist()))
-        if now.pairs: now.match(guess)
-        now.step(function, guess)
+        if now.pairs: now.match()
+        now.step(function)
     return end

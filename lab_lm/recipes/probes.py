@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INSTRUMENTS', 'SIZES', 'ProbesConfig', 'run']
 
-# %% ../../nbs/05_probes.ipynb #77d928d7
+# %% ../../nbs/05_probes.ipynb #2a367a5e
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +37,7 @@ from ..nets.transformer import Transformer, preset
 from ..text.batches import read_stream, write_stream
 from ..text.features import enough_words, ud_features
 from ..text.morph import read_conllu
-from ..text.pair_files import read_pairs
+from ..text.pair_files import balanced, read_pairs
 from ..text.rows import PackedRows, tokens_of
 from ..text.suites import suite
 from ..text.task_files import read_task, sample_task
@@ -50,12 +50,7 @@ from ..train.objectives import Causal
 from ..train.schedules import Schedule
 from ..train.training import Training
 
-# %% ../../nbs/05_probes.ipynb #1680f739
-def _suite(cfg, lang):
-    "The minimal pairs of a language"
-    return suite(lang, cfg.pairs_each, cfg.seed) if cfg.pairs == 'pocket' else read_pairs(find(cfg.pairs))
-
-# %% ../../nbs/05_probes.ipynb #e91f55d5
+# %% ../../nbs/05_probes.ipynb #bb48d964
 INSTRUMENTS = ('scores', 'pairs', 'probes', 'tasks')
 
 class ProbesConfig(ChapterConfig):
@@ -69,7 +64,7 @@ class ProbesConfig(ChapterConfig):
     tasks:str='samples'      # Tasks: the project's own items, or a folder with the files of public sets
     features:str='all'       # Features to probe, with commas between
     sentences:PositiveInt=600 # Labelled sentences of each language, at most
-    pairs_each:PositiveInt=20 # Pairs of each phenomenon
+    pairs_each:PositiveInt=30 # Pairs of each phenomenon, before those are left out that the number of tokens would answer
     by:Literal['sentence', 'type']='sentence' # What is kept apart between training and test of a probe
     steps:PositiveInt=300    # Training steps of the pocket model
 
@@ -142,7 +137,12 @@ def _pocket(run, cfg, lang, texts):
     run.note(f'{lang}: the pocket model was trained for {cfg.steps} steps on {len(texts):,} sentences; its loss went from {losses[0]:.2f} to {losses[-1]:.2f} nats a token.')
     return model, tokenizer
 
-# %% ../../nbs/05_probes.ipynb #a95d0990
+# %% ../../nbs/05_probes.ipynb #05ee257a
+def _suite(cfg, s):
+    "The minimal pairs; of ours those that the number of tokens tells nothing about"
+    if cfg.pairs != 'pocket': return read_pairs(find(cfg.pairs))
+    return balanced(suite(s.lang, cfg.pairs_each, cfg.seed), lambda text: len(s.tokenizer(text, add_special_tokens=False)['input_ids']))
+
 def _beside(score, **others): # The score with more baselines
     return replace(score, baselines=score.baselines | {k.replace('_', ' '): s.value for k, s in others.items() if s is not None})
 
@@ -157,7 +157,7 @@ def _scores(run, cfg, s):
 
 def _pairs(run, cfg, s):
     "Minimal pairs by phenomenon, beside counting and the twin"
-    pairs, scorers = _suite(cfg, s.lang), s.scorers()
+    pairs, scorers = _suite(cfg, s), s.scorers()
     ids = s.tokenizer(s.known, add_special_tokens=False, verbose=False)['input_ids'] if s.known else []
     nats, floors = {name: pair_nats(each, pairs) for name, each in scorers.items()}, pair_floors(s.tokenizer, pairs, ids)
     model, twin = (pair_scores(nats[name], pairs, floors, f'summed over the sentence; {scorers[name].protocol}') for name in s.models)
@@ -221,7 +221,7 @@ def _folds(vectors, items, units, seed):
     for k in range(4): out[:, fold == k] = probe_guesses(vectors, items, fold != k, seed)
     return out.tolist()
 
-# %% ../../nbs/05_probes.ipynb #841eb48f
+# %% ../../nbs/05_probes.ipynb #87864696
 def _kept(score, *names): return replace(score, baselines={n: v for n, v in score.baselines.items() if n in names})
 
 def _show(run, lang, found):
@@ -229,7 +229,7 @@ def _show(run, lang, found):
     probes = found.get('probes') or {}
     twins = lambda r: {'model': _kept(r.scores['accuracy'], 'majority', 'word identity')} | {'random weights': replace(r.scores['accuracy'], value=v, low=v, high=v, baselines={})
                                                                                               for n, v in r.scores['accuracy'].baselines.items() if n == 'random weights'}
-    panels = {'minimal pairs': {k: {n: _kept(v, 'length', 'trigram') for n, v in row.items()} for k, row in (found.get('pairs') or {}).items()},
+    panels = {'minimal pairs': {k: {n: _kept(v, 'unigram', 'trigram') for n, v in row.items()} for k, row in (found.get('pairs') or {}).items()},
               'probes': {k: twins(r) for k, r in probes.items()},
               'tasks': {k: {n: _kept(v, 'chance', 'majority') for n, v in row.items()} for k, row in (found.get('tasks') or {}).items()}}
     panels = {k: v for k, v in panels.items() if v}
