@@ -8,7 +8,7 @@ import pytest
 
 from lab_lm.core.paths import data_dir, shared_data
 from lab_lm.core.seed import seeded
-from lab_lm.evals.choices import RULES, choice_costs, choice_credit, choice_eval, choice_records, class_choices, option_nats
+from lab_lm.evals.choices import RULES, choice_costs, choice_credit, choice_eval, class_choices, option_nats
 from lab_lm.evals.ngrams import NgramFloor
 from lab_lm.evals.overlap import bleu, chrf, rouge_l
 from lab_lm.evals.scorers import ngram_scorer, scorer, uniform_scorer

@@ -63,6 +63,25 @@ def test_company_changes_nothing():
     np.testing.assert_allclose(together.log_probs(x)[1:, 2:3, :, :alone.size], alone.log_probs(x[1:]), atol=1e-4)
 
 
+def test_order_of_layers_changes_nothing():
+    "A layer begins at the scores of the one before, and ends at its own minimum"
+    x, y, rng = planted(600, 30, 2)
+    x = np.stack([x[0], rng.normal(size=x[0].shape), x[1]])
+    a, b = (fit_linear_grid(some, y, tol=1e-12, most=2000) for some in (x, x[::-1]))
+    np.testing.assert_allclose(a.loss, b.loss[::-1], rtol=1e-8)
+    np.testing.assert_allclose(a.log_probs(x), b.log_probs(x[::-1])[::-1], atol=1e-4)
+
+
+@pytest.mark.parametrize('words', [1, 3, 300])
+def test_no_penalty_and_hardly_any_words(words):
+    "Without a penalty, with one word, with vectors of zeros: finite, and every layer has an answer"
+    x, y, _ = planted(300, 10, 3)
+    x[1] = 0
+    for l2 in (0., 10.):
+        grid = fit_linear_grid(x.astype(np.float32), y[[0, 2]], np.arange(300) < words, l2=l2, most=30)
+        assert np.isfinite(grid.loss).all() and (grid.predict(x) >= 0).all()
+
+
 def test_accuracy_of_scikit_learn_by_default():
     "Within half a point in the mean, in float32 and with the tolerances of both left alone"
     x, y, rng = planted(4000, 64, 2)

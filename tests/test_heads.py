@@ -34,7 +34,7 @@ def task():
     sentences = list({s.text: s for s in pocket_sentences('ta', 700, seed=random.randrange(10**6))}.values())
     whole = [dict(id=s.id, text=s.text, label=tense(s)) for s in sentences if tense(s)]
     words = [dict(id=s.id, words=[t.form for t in s.tokens], tags=[t.upos for t in s.tokens]) for s in sentences]
-    return whole, words, train_tokenizer([s.text for s in sentences], 'akshara_bpe', 700)
+    return whole, words, train_tokenizer([s.text for s in sentences], 'akshara_bpe', 900)
 
 
 def hub_model(kind):

@@ -15,7 +15,7 @@ from lab_lm.core.paths import shared_data
 from lab_lm.evals.logits import by_length, head_spot, in_mode, logits_at, token_nats
 from lab_lm.evals.ngrams import KneserNey, NgramFloor, discounts
 from lab_lm.evals.scores import floor_scorers, language_scores
-from lab_lm.evals.scorers import KINDS, logits_scorer, masked_windows, ngram_scorer, scorer, uniform_scorer
+from lab_lm.evals.scorers import KINDS, logits_scorer, masked_windows, scorer, uniform_scorer
 from lab_lm.nets.transformer import NATIVE, NetConfig, Transformer
 from lab_lm.text.script import sentences
 from lab_lm.text.sources import read_records

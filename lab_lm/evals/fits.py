@@ -83,7 +83,7 @@ class Grid:
         out[:, [not len(names) for names in self.labels]] = np.nan
         return out
 
-# %% ../../nbs/evals/01_fits.ipynb #b4500662
+# %% ../../nbs/evals/01_fits.ipynb #fc320e5c
 def _bend(p, w)->tuple:
     "Axes of the classes [classes, classes] in which their probabilities vary together, and the curvature each word adds along them [classes, words]"
     axes = torch.linalg.eigh(torch.diag(p @ w) - (p * w) @ p.T)[1]
@@ -140,12 +140,13 @@ class _Objective:
         for w, a, b in zip(weights, self.ends, self.ends[1:]): axes[a:b, a:b], z[a:b] = _bend(z[a:b].softmax(0), w)
         bias = z.sum(1, keepdim=True)
         flat = bias <= 1e-4 * torch.zeros(len(tasks)).to(x).scatter_reduce(0, self.owner, bias[:, 0], 'amax')[self.owner, None]
-        share = 1 / torch.cat((z @ x.square() + self.l2, torch.where(flat, bias.max() + 1, bias)), 1)
+        bend = torch.cat((z @ x.square() + self.l2, torch.where(flat, bias.max() + 1, bias)), 1)
+        share = 1 / (bend + 1e-7 * bend.max())
         if not lead: return lambda g: axes @ ((axes.T @ g) * share)
         blocks = _blocks(x[:, -lead:], z, self.l2)
         def step(g):
             g = axes.T @ g
-            wide = torch.bmm(blocks, g[:, -lead - 1:-1, None])[:, :, 0]
+            wide = (blocks * g[:, None, -lead - 1:-1]).sum(2)
             return axes @ torch.cat((g[:, :-lead - 1] * share[:, :-lead - 1], wide, g[:, -1:] * share[:, -1:]), 1)
         return step
 
@@ -171,7 +172,7 @@ class Linear:
 
     def __call__(self, x): return self.weights @ ((torch.as_tensor(x).to(self.bias) - self.centre) / self.scale).T + self.bias[:, None]
 
-# %% ../../nbs/evals/01_fits.ipynb #43da4de3
+# %% ../../nbs/evals/01_fits.ipynb #2974b2b0
 def _start(x, problem, owner, last)->torch.Tensor:
     "Where the fit of vectors [words, width] begins: the weights that come nearest to the scores of the layer before (`last`), or none"
     marks, weights, sizes, l2 = problem.all
@@ -179,8 +180,9 @@ def _start(x, problem, owner, last)->torch.Tensor:
         counts = [torch.zeros(size).to(x).index_add_(0, m, w) for size, m, w in zip(sizes, marks, weights)]
         return torch.cat((torch.zeros(len(owner), x.shape[1]).to(x), torch.cat(counts).log()[:, None]), 1)
     scores, bias = last
-    spread = x.square().sum(0) + l2[owner, None]
-    return torch.cat((scores @ x / spread.clamp(torch.finfo(x.dtype).eps * spread.max()), bias[:, None]), 1)
+    spread = x.square().sum(0)
+    floor = l2[owner, None] + torch.finfo(x.dtype).eps * spread.sum() + torch.finfo(x.dtype).tiny
+    return torch.cat((scores @ x / (spread + floor), bias[:, None]), 1)
 
 def _fit_layer(x, labels, y, weights, l2, standardise, tol, most, last)->tuple:
     "The probes, how the minimiser ended, and the scores for the next layer: of the training words without bias, and the bias"

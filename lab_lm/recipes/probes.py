@@ -22,7 +22,7 @@ from ..core.runs import Run
 from ..core.seed import seeded
 from ..core.viz import new_axes
 from ..evals.choices import choice_eval
-from ..evals.compare import compare, holm
+from ..evals.compare import compare
 from ..evals.figures import group_figure, layer_curves
 from ..evals.pairs import pair_credit, pair_floors, pair_nats, pair_records, pair_scores
 from ..evals.probe_words import gather_words
@@ -123,7 +123,6 @@ def _reads(cfg):
     return 'causal' if any('CausalLM' in n or 'LMHead' in n for n in names) else 'masked'
 
 SIZES = dict(tiny='tiny', small='10M', base='110M')
-
 def _pocket(run, cfg, lang, texts):
     "Train a small causal model on pocket sentences; the model as a Llama, and its tokenizer"
     tokenizer = train_tokenizer(texts, 'akshara_bpe', 1500)

@@ -8,7 +8,7 @@ __all__ = ['CONTROL', 'MUST', 'ERRANDS', 'time_of', 'statement', 'copula', 'requ
 # %% ../../nbs/text/10_clauses_hi.ipynb #12668f39
 from random import Random
 
-from .parts_hi import complements, direct_object, not_one, personal, subject, whom
+from .parts_hi import complements, direct_object, not_one, subject, whom
 from .phrases_hi import (TENSES, Draft, adverbial, agreement, auxiliary_of, noun_phrase, predicate,
                                     question_word)
 from .pocket import Node, words_of, words_with

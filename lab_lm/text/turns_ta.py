@@ -10,7 +10,7 @@ from functools import lru_cache
 from random import Random
 
 from .inflect_ta import conjugate, decline, imperative, join, spell, verbal
-from .phrases_ta import agreement, clause, kinds_of, noun_node, nouns_of, phrase, subject_of, verb_node, word, words_of
+from .phrases_ta import agreement, clause, noun_node, nouns_of, phrase, subject_of, verb_node, word, words_of
 from .pocket import Node
 
 # %% ../../nbs/text/09_turns_ta.ipynb #b0b10868
