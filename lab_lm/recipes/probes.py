@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INSTRUMENTS', 'SIZES', 'ProbesConfig', 'run']
 
-# %% ../../nbs/05_probes.ipynb #2a367a5e
+# %% ../../nbs/05_probes.ipynb #e32c5310
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +102,7 @@ def run(
             _show(run, lang, found)
     return run
 
-# %% ../../nbs/05_probes.ipynb #2a0fd721
+# %% ../../nbs/05_probes.ipynb #33ee9f37
 def _subject(run, cfg, lang):
     "The model, its twin, and the sentences"
     sentences = pocket_sentences(lang, cfg.sentences, cfg.seed) if cfg.data == 'pocket' else list(read_conllu(find(cfg.data)))[:cfg.sentences]
@@ -136,7 +136,7 @@ def _pocket(run, cfg, lang, texts):
     run.note(f'{lang}: the pocket model was trained for {cfg.steps} steps on {len(texts):,} sentences; its loss went from {losses[0]:.2f} to {losses[-1]:.2f} nats a token.')
     return model, tokenizer
 
-# %% ../../nbs/05_probes.ipynb #05ee257a
+# %% ../../nbs/05_probes.ipynb #cd0850fb
 def _suite(cfg, s):
     "The minimal pairs; of ours those that the number of tokens tells nothing about"
     if cfg.pairs != 'pocket': return read_pairs(find(cfg.pairs))
@@ -144,7 +144,6 @@ def _suite(cfg, s):
 
 def _beside(score, **others): # The score with more baselines
     return replace(score, baselines=score.baselines | {k.replace('_', ' '): s.value for k, s in others.items() if s is not None})
-
 def _scores(run, cfg, s):
     "Language-model scores of the sentences, beside n-grams and the twin"
     texts = [sentence.text for sentence in s.sentences][:200]
@@ -185,7 +184,7 @@ def _probes(run, cfg, s):
     run.table(f'probes-{s.lang}', [{k: getattr(v, 'value', v) for k, v in row.items()} for row in found.table()], 'On test words, at the layer chosen on validation words; 95 % interval; p with Holm over features')
     return found.results
 
-# %% ../../nbs/05_probes.ipynb #395b2665
+# %% ../../nbs/05_probes.ipynb #7900cffe
 def _tasks(run, cfg, s):
     "IndicGLUE and its relatives, each scored by what it is"
     out = {}
@@ -205,7 +204,7 @@ def _task(data, model, s, seed):
     kind = 'causal' if s.reads == 'causal' else 'masked_word'
     if data.task.kind == 'choice': return choice_eval(scorer(model, s.tokenizer, kind), data.items, seed=seed, origin=data.origin)
     if data.task.kind != 'tags':
-        vectors = embed(model, s.tokenizer, [' '.join(filter(None, (i['text'], i.get('second', '')))) for i in data.items])
+        vectors = embed(model, s.tokenizer, [i['text'] for i in data.items])
         return task_scores(data, *_folds(vectors, data.items, range(len(data.items)), seed), seed, 'linear probe on the mean of the last layer, four folds')
     vectors = np.concatenate([states[-1] for states in word_states(model, s.tokenizer, [i['words'] for i in data.items])])
     units, tags = zip(*((n, {'text': word, 'label': tag}) for n, i in enumerate(data.items) for word, tag in zip(i['words'], i['tags'])))
@@ -214,15 +213,16 @@ def _task(data, model, s, seed):
     return task_scores(data, *([part.tolist() for part in np.split(np.array(g, object), ends)] for g in flat), seed, 'linear probe on the last layer, four folds')
 
 def _folds(vectors, items, units, seed):
-    "(guesses, guesses of the control), every item guessed once by a probe that has not seen its unit"
+    "(guesses, guesses of the control), every item guessed once by a probe that has not seen its unit; each class is spread over the folds"
     units, out = np.asarray(units), np.full((2, len(items)), '', object)
-    fold = (np.random.default_rng(seed).permutation(units.max() + 1) % 4)[units]
+    first = np.unique(units, return_index=True)[1]
+    order = sorted(np.random.default_rng(seed).permutation(len(first)), key=lambda n: items[first[n]]['label'])
+    fold = (np.argsort(order) % 4)[np.searchsorted(units[first], units)]
     for k in range(4): out[:, fold == k] = probe_guesses(vectors, items, fold != k, seed)
     return out.tolist()
 
-# %% ../../nbs/05_probes.ipynb #87864696
+# %% ../../nbs/05_probes.ipynb #bc4e7d38
 def _kept(score, *names): return replace(score, baselines={n: v for n, v in score.baselines.items() if n in names})
-
 def _show(run, lang, found):
     "What the model knows, in one figure; and its probes by layer"
     probes = found.get('probes') or {}
