@@ -6,15 +6,15 @@
 __all__ = ['pair_tokens', 'pair_nats', 'summed', 'pair_credit', 'pair_scores', 'pair_floors', 'pair_eval', 'pair_gaps',
            'pair_records', 'Comparison', 'compare_pairs']
 
-# %% ../../nbs/evals/05_pairs.ipynb #415801d0
+# %% ../../nbs/evals/05_pairs.ipynb #93c78c7b
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np
 from ..core.runs import Score
 from .compare import mcnemar
 from .ngrams import NgramFloor
-from .stats import bootstrap, paired_bootstrap
+from .stats import bootstrap, paired_bootstrap, share_score
 
 # %% ../../nbs/evals/05_pairs.ipynb #27f5add1
 def pair_tokens(
@@ -51,17 +51,11 @@ def pair_credit(
     if bad: raise ValueError(f'{bad} of {len(nats)} pairs cost NaN; the model has lost its numbers, or a sentence was left out')
     with np.errstate(invalid='ignore'): return (1 + np.sign(np.nan_to_num(nats[:, 1] - nats[:, 0], posinf=1., neginf=-1.))) / 2
 
-# %% ../../nbs/evals/05_pairs.ipynb #1ac419ad
-def _wilson(share, n, z=1.959964):
-    "Ends of the 95 % interval of a share (Wilson 1927)"
-    middle, half = (share + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return min(share, max(0., middle - half)), max(share, min(1., middle + half))
-
+# %% ../../nbs/evals/05_pairs.ipynb #25cd5d31
 def _share(credit, base, protocol):
     "The mean credit with its interval and the baselines'"
-    value = float(credit.mean())
     told = f'{len(credit)} pairs, {(credit == .5).sum()} ties counted one half' + (f'; {protocol}' if protocol else '')
-    return Score(value, len(credit), *_wilson(value, len(credit)), {k: float(b.mean()) for k, b in base.items()}, told)
+    return replace(share_score(credit.tolist(), told), baselines={k: float(b.mean()) for k, b in base.items()})
 
 def _macro(rules, protocol):
     "The mean over rules, its interval from those of the rules (Zou and Donner 2008)"

@@ -142,16 +142,17 @@ def bca(
     values = np.asarray(values, dtype=np.float64).reshape(-1)
     return bca_sums(np.stack([values, np.ones_like(values)], 1), lambda s: s[:, 0] / s[:, 1], seed, n, level, protocol)
 
-# %% ../../nbs/evals/00_stats.ipynb #89cc9370
+# %% ../../nbs/evals/00_stats.ipynb #84b0f77d
 def share_score(
-    yes:list,         # True or False for each item
+    yes:list,         # True or False for each item, or a credit between 0 and 1, such as .5 for a tie
     protocol:str='',  # How it was measured, kept with the score
     level:float=.95,  # How often the interval is to hold the truth, between 0 and 1
 )->Score:             # ValueError without items
     "A share with its interval (Wilson 1927)"
     n, z = len(yes), NormalDist().inv_cdf((1 + level) / 2)
     if not n: raise ValueError('no items to score; skip the measurement and say why')
-    p = sum(map(bool, yes)) / n
+    p = math.fsum(yes) / n
+    if not 0 <= min(yes) <= max(yes) <= 1: raise ValueError(f'each item adds 0 to 1 to a share, given {min(yes)} to {max(yes)}')
     middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Score(p, n, min(p, max(0., middle - half)), max(p, min(1., middle + half)), protocol=protocol)
 
